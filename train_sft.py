@@ -1,0 +1,346 @@
+"""Stage 1 of Echo, and before it a stand-in for the pretrained audio model that the paper starts from.
+
+    python train_sft.py                     # encoder -> projector -> align -> sft, each in a folder under runs/
+    python train_sft.py --stage sft --retrain
+
+encoder    frame-level sound-event detector, from nothing; then frozen               runs/encoder
+projector  a pretrained decoder only: the projector alone, decoder frozen            runs/projector
+align      the decoder learns what is heard where: captions, then instructions,
+           half of them with the audio of each segment inserted after its tag        runs/base
+sft        the paper's stage 1: grounded chains, text only                           runs/sft
+
+A stage that is finished is skipped; one that was killed goes on from its last save. Left out: packing of several
+rows into one sequence, and mixing the stages.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import shutil
+
+from echo import (Clips, Config, EchoError, PAPER_PROMPT, Sample, Training, WhisperEncoder, build, cut, evaluate,
+                  linear_schedule, load, load_audio, main, parse_settings, pick_device, read_questions, read_rows, save)
+from make_data import from_edge, look_for, then_comes
+
+STAGES = ("encoder", "projector", "align", "sft")
+FOLDERS = dict(zip(STAGES, ("encoder", "projector", "base", "sft")))
+
+
+@dataclass
+class Settings:
+    data: str = "data/sft.jsonl"     # rows with chains (cot), for sft
+    clips: str = "data/clips.jsonl"  # described clips (A1_description; A4_events for the toy), for encoder and align
+    test: str = "data/test.jsonl"    # rows to evaluate the SFT policy on; "none": no evaluation
+    audio_root: str | None = None    # audio paths are relative to this folder; none: to the data file's
+    out: str = "runs"                # each stage writes a folder in it
+    stage: str = "all"               # or one of encoder, projector, align, sft
+    decoder: str = "tiny"            # or a Qwen2 checkpoint: a name or a local folder
+    encoder: str = "small"           # or a Whisper checkpoint: a name or a local folder
+    first_listen_rate: float | None = 2.0  # audio tokens a second in the first listen; none: the full rate (the paper)
+    share_position: bool = True      # all tokens of a re-listened segment at one position
+    train: str = "decoder"           # in align and sft: decoder (all of it), projector, or the last N layers: last-4
+    encoder_steps: int = 200         # 98% of the frames are right by then
+    encoder_clips: int = 600         # of 16 a step
+    encoder_lr: float = 2e-3
+    projector_steps: int = 1000      # only with a pretrained decoder
+    align_steps: int = 3500          # captions at most; they end when a segment's start is known (align_until)
+    align_until: float = 0.35        # running mean of the start digit's loss, in nats; not knowing is 1.8
+    align_batch: int = 8
+    align_lr: float = 2e-3           # constant, then from half of it linear to 0 over the instructions
+    instruct_steps: int = 1000
+    sft_steps: int = 600             # about two epochs; the paper: one over 75.9k rows
+    sft_batch: int = 16
+    sft_lr: float = 7e-4             # the paper: 5e-6, for a model 10,000 times as large
+    warmup: float = 0.05             # share of a stage's steps
+    tokens_per_batch: int = 16384    # micro-batches hold at most so many tokens, gradients are accumulated over them
+    checkpointing: bool = False      # gradient checkpointing: less memory, one more forward pass
+    seed: int = 0                    # of the weights and of every draw
+    device: str = "auto"             # cuda if there is one, else cpu
+    log_every: int = 25              # steps
+    save_every: int = 250            # steps
+    retrain: bool = False            # train again what is already trained
+
+
+# ---------------------------------------------------------------------------------------------- encoder
+
+class Detector(nn.Module):
+    """Frame-level sound-event detector: the encoder and a linear head over the kinds, silence, and "it starts here"."""
+
+    def __init__(self, encoder, n_kinds):
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.dim, n_kinds + 2)
+
+    def forward(self, crops, thumbnails):
+        return self.head(torch.cat(self.encoder(crops, False))), self.head(torch.cat(self.encoder(thumbnails, True)))
+
+
+def frame_labels(events, kinds, start_s, token_s, n, pulses):
+    """(n,) the kind at each token, len(kinds) for silence, and (n,) whether it starts there, 0 or 1.
+
+    With `pulses` the gaps between pulses are silence too.
+    """
+    t = start_s + (torch.arange(-1, n) + 0.5) * token_s
+    labels = torch.full((n + 1,), len(kinds))
+    for e in events:
+        inside = (t > e["start_s"]) & (t < e["end_s"])
+        if pulses and "pulses" in e:
+            inside &= from_edge(e["pulses"], (t - e["start_s"]) / (e["end_s"] - e["start_s"])) > 0
+        labels[inside] = kinds.index(e["kind"])
+    starts = (labels[1:] != labels[:-1]) & (labels[1:] != len(kinds))
+    return labels[1:], starts.float()
+
+
+def detection_loss(logits, labels, starts):
+    """Summed cross-entropy over kinds and silence, and over starting or not."""
+    return (F.cross_entropy(logits[:, :-1], labels, reduction="sum")
+            + F.binary_cross_entropy_with_logits(logits[:, -1], starts, reduction="sum"))
+
+
+def train_encoder(training, detector, clips, kinds, settings):
+    """Each step: 16 thumbnails of whole clips, and a random crop of each at the full rate."""
+    config, encoder = detector.encoder.config, detector.encoder
+    token_s = 1 / encoder.TOKENS_PER_SECOND
+    thumb_s = 1 / (config.first_listen_rate or encoder.TOKENS_PER_SECOND)
+    clips = [(load_audio(path, config.sample_rate), clip["A4_events"]) for path, clip in
+             tqdm(clips[:settings.encoder_clips], desc="reading clips", disable=training.rank > 0)]
+    device = training.parameters[0].device
+    for step in tqdm(range(training.step, settings.encoder_steps), desc="encoder", initial=training.step,
+                     total=settings.encoder_steps, disable=training.rank > 0):
+        waves, crops, thumb_labels, crop_labels = [], [], [], []
+        for k in range(16)[training.rank::training.world]:
+            rng = np.random.default_rng([settings.seed, step, k])
+            wave, events = clips[rng.integers(len(clips))]
+            n_all = encoder.n_tokens(len(wave), False)
+            n = min(int(rng.integers(8, 36)), n_all)
+            start_s = int(rng.integers(n_all - n + 1)) * token_s
+            waves.append(wave.to(device))
+            crops.append(cut(wave, start_s, start_s + n * token_s, config.sample_rate).to(device))
+            n = encoder.n_tokens(len(crops[-1]), False)
+            crop_labels.append(frame_labels(events, kinds, start_s, token_s, n, True))
+            thumb_labels.append(frame_labels(events, kinds, 0.0, thumb_s, encoder.n_tokens(len(wave), True), thumb_s == token_s))
+        logits = training.ddp(crops, waves)
+        labels = [[torch.cat(x).to(device) for x in zip(*pairs)] for pairs in (crop_labels, thumb_labels)]
+        counts = training.sum(*(len(kind) for kind, _ in labels))
+        loss = sum(detection_loss(x, *y) / n for x, y, n in zip(logits, labels, counts))
+        (loss * training.world).backward()
+        training.update(settings.encoder_lr * linear_schedule(step, settings.encoder_steps, int(settings.warmup * settings.encoder_steps)))
+        right = training.sum(loss.item(), *((x[:, :-1].argmax(1) == kind).sum() for x, (kind, _) in zip(logits, labels)))
+        if training.step % settings.log_every == 0:
+            training.log(loss=right[0], frames_right=right[1] / counts[0], thumbnails_right=right[2] / counts[1])
+        if training.step % settings.save_every == 0:
+            training.save()
+
+
+@torch.no_grad()
+def name_projector(model, clips, kinds, settings):
+    """Start the projector where each audio token looks like the embedding of its sound's name: least squares.
+
+    Labels and embeddings are what the detector and the tiny decoder have in common before they have met.
+    """
+    table = model.decoder.get_input_embeddings().weight
+    names = torch.stack([table[model.tokenizer(k, add_special_tokens=False).input_ids[-1]] for k in kinds]
+                        + [torch.zeros_like(table[0])])
+    x, y = [], []
+    for path, clip in tqdm(clips[:300], desc="projector"):
+        wave = load_audio(path, model.config.sample_rate).to(model.device)
+        for first_listen in (True, False):
+            tokens = model.encoder([wave], first_listen)[0]
+            seconds = len(wave) / model.config.sample_rate / len(tokens)
+            x.append(tokens)
+            y.append(names[frame_labels(clip["A4_events"], kinds, 0.0, seconds, len(tokens), not first_listen)[0]])
+    x = torch.cat([torch.cat(x), torch.ones(sum(map(len, x)), 1, device=model.device)], 1)
+    solution = torch.linalg.lstsq(x.double().cpu(), torch.cat(y).double().cpu()).solution.to(table)
+    model.projector.weight.copy_(solution[:-1].T)
+    model.projector.bias.copy_(solution[-1])
+
+
+# ---------------------------------------------------------------------------------------------- text with audio
+
+def add_grounded(model, sample, text, path, clips, listen):
+    """Append a grounded text to learn; with `listen`, the audio of each segment after its tag, as decoding inserts it."""
+    *parts, last = text.split("</seg>")
+    for part in parts:
+        model.add_text(sample, part + "</seg>", trained=True)
+        if listen:
+            model.add_span(sample, clips.span(path, *map(float, part.split("<seg>")[1].split(","))))
+    return model.add_response(sample, last)
+
+
+def caption(model, clip, path, clips, rng, instruct):
+    """A clip and a text that says what is heard where, to learn.
+
+    Captions name every sound in RANDOM order: in order of time, where a sound is could be had without its name.
+    Instructions name the sounds to describe, or one and what follows it.
+    """
+    sample = model.add_span(Sample(), clips.span(path))
+    if "A4_events" not in clip:
+        return model.add_response(model.add_text(sample, "Describe the audio."), clip["A1_description"])
+    events = [clip["A4_events"][i] for i in rng.permutation(len(clip["A4_events"]))]
+    ask, text = "Describe every sound.", " ".join(map(look_for, events))
+    if instruct and rng.random() < 0.5:
+        events = events[:int(rng.integers(1, len(events) + 1))]
+        ask, text = f"Describe {', '.join('the ' + e['kind'] for e in events)}.", " ".join(map(look_for, events))
+    elif instruct:
+        i = int(rng.integers(len(events) - 1))
+        first, after = clip["A4_events"][i:i + 2]
+        ask, text = f"Describe the {first['kind']} and what comes right after it.", f"{look_for(first)} {then_comes(after)}"
+    return add_grounded(model, model.add_text(sample, ask), text, path, clips, listen=instruct and rng.random() < 0.5)
+
+
+def fit(training, model, draw, n_rows, batch, rate, settings, desc):
+    """The one loop over text samples. draw(row index, rng) -> Sample; rate() -> learning rate, None at the end.
+
+    Logs the mean loss of the trained tokens, and `start_loss`, that of the first digit after <seg>: is the place known?
+    """
+    bar = tqdm(initial=training.step, desc=desc, unit="step", disable=training.rank > 0)
+    model.train()
+    while (lr := rate()) is not None:
+        rng = [np.random.default_rng([settings.seed, training.step, k]) for k in range(batch)[training.rank::training.world]]
+        samples = [draw(i, r) for i, r in zip(training.batch(n_rows, batch, settings.seed), rng)]
+        starts = torch.tensor([s.ids[t - 1] == model.seg_id for s in samples for t, trained in enumerate(s.trained) if trained])
+        n_tokens, n_starts = training.sum(len(starts), starts.sum())
+        seen = torch.zeros(2)
+
+        def loss(here, logp, entropy):
+            seen[:] += torch.stack([-logp.detach().sum(), -logp.detach()[starts[here].to(logp.device)].sum()]).cpu()
+            return -logp.sum() / n_tokens
+        training.backward(samples, loss, settings.tokens_per_batch)
+        training.update(lr)
+        total, start = training.sum(*seen)
+        if n_starts:
+            training.state["start_loss"] = 0.97 * training.state.get("start_loss", 3.0) + 0.03 * start / n_starts
+        bar.update()
+        if training.step % settings.log_every == 0:
+            training.log(loss=total / n_tokens, start_loss=start / max(1, n_starts), lr=lr)
+        if training.step % settings.save_every == 0:
+            training.save()
+
+
+def align_rate(training, settings):
+    """Constant until places are known (or align_steps), then the instructions at half of it, linear to 0."""
+    step, state = training.step, training.state
+    if "instruct_at" not in state and (state.get("start_loss", 9.0) < settings.align_until or step >= settings.align_steps):
+        state["instruct_at"] = step
+    if "instruct_at" not in state:
+        return settings.align_lr * min(1.0, (step + 1) / (settings.warmup * 1000 + 1))
+    left = settings.instruct_steps - (step - state["instruct_at"])
+    return settings.align_lr / 2 * left / settings.instruct_steps if left > 0 else None
+
+
+def linear_rate(training, lr, steps, settings):
+    return lr * linear_schedule(training.step, steps, int(settings.warmup * steps)) if training.step < steps else None
+
+
+def set_trainable(model, what):
+    """Freeze all but the projector and what --train names; the audio encoder is frozen outside its own training."""
+    layers = model.decoder.model.layers
+    n = int(what[5:]) if what.startswith("last-") and what[5:].isdigit() else None
+    if what not in ("decoder", "projector") and not (n and n <= len(layers)):
+        raise EchoError(f"--train {what}: must be decoder, projector, or last-N with N up to {len(layers)}")
+    model.requires_grad_(False)
+    for part in {"decoder": [model.decoder], "projector": []}.get(what, [*layers[len(layers) - (n or 0):], model.decoder.model.norm]):
+        part.requires_grad_(True)
+    model.projector.requires_grad_(True)
+    model.stamp.requires_grad_(True)
+
+
+# ---------------------------------------------------------------------------------------------- the stages
+
+def run_stage(stage, settings, device, rank, world):
+    folder = Path(settings.out) / FOLDERS[stage]
+    if settings.retrain and rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    if world > 1:
+        torch.distributed.barrier()
+    if (folder / "model" / "echo.json").is_file():
+        if rank == 0:
+            print(f"{folder}: already trained (--retrain trains it again)")
+        return
+    clip_rows = read_rows(settings.clips, ("audio_path",)) if stage != "sft" else []
+    root = Path(settings.audio_root or Path(settings.clips).parent)
+    clip_rows = [(root / c["audio_path"], c) for c in clip_rows]
+    kinds = sorted({e["kind"] for _, c in clip_rows for e in c.get("A4_events", ())})
+    torch.manual_seed(settings.seed)
+    if stage == "encoder":
+        model = new_model(settings, clip_rows).to(device)
+        if not isinstance(model.encoder, WhisperEncoder):
+            if not kinds:
+                raise EchoError(f"{settings.clips}: no 'A4_events' to train the small encoder on; give --encoder a Whisper checkpoint")
+            detector = Detector(model.encoder, len(kinds)).to(device)
+            training = Training(folder, detector, settings, device, rank, world)
+            train_encoder(training, detector, clip_rows, kinds, settings)
+            training.save()
+        if settings.decoder == "tiny" and kinds:
+            name_projector(model, clip_rows, kinds, settings)
+    else:
+        before = STAGES[STAGES.index(stage) - 1]
+        if before == "projector" and not (Path(settings.out) / "projector").exists():
+            before = "encoder"
+        model = load(Path(settings.out) / FOLDERS[before], device)
+        set_trainable(model, "projector" if stage == "projector" else settings.train)
+        if settings.checkpointing:
+            model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        training, clips = Training(folder, model, settings, device, rank, world), Clips()
+        train_text(stage, training, model, clip_rows, clips, settings)
+        training.save()
+    if rank == 0:
+        save(model, folder / "model")
+    if world > 1:
+        torch.distributed.barrier()
+
+
+def train_text(stage, training, model, clip_rows, clips, settings):
+    """The stages that train on text with audio in it."""
+    if stage == "sft":
+        rows = read_questions(settings.data, settings.audio_root, needs=("answer", "cot"))
+
+        def draw(i, rng):
+            q = rows[i]
+            span = clips.span(q.path)
+            return model.add_response(model.prompt(span, q.question, q.choices), q.row["cot"])
+        fit(training, model, draw, len(rows), settings.sft_batch,
+            lambda: linear_rate(training, settings.sft_lr, settings.sft_steps, settings), settings, stage)
+        if settings.test != "none":
+            test = read_questions(settings.test, settings.audio_root)[:150]
+            training.log(**evaluate(training, model, test, "text", 100))
+        return
+
+    def draw(i, rng):
+        path, clip = clip_rows[i]
+        return caption(model, clip, path, clips, rng, "instruct_at" in training.state)
+    rate = (lambda: align_rate(training, settings)) if stage == "align" else (
+        lambda: linear_rate(training, settings.align_lr, settings.projector_steps, settings))
+    fit(training, model, draw, len(clip_rows), settings.align_batch, rate, settings, stage)
+
+
+def new_model(settings, clip_rows):
+    """Encoder and decoder as the flags say; the tiny decoder's tokenizer is trained on the data's own words."""
+    config = Config(first_listen_rate=settings.first_listen_rate, share_position=settings.share_position,
+                    encoder=settings.encoder, decoder=settings.decoder)
+    if settings.decoder != "tiny":
+        config.prompt = PAPER_PROMPT
+        return build(config)
+    rows = read_rows(settings.data, ("question", "cot"))
+    texts = [row["question"] + " " + row["cot"] + " Choose from" for row in rows]
+    texts += [f"Describe every sound. Describe the audio. Describe the {', '.join(e['kind'] for e in c.get('A4_events', ()))} and what comes"
+              for _, c in clip_rows]
+    return build(config, texts)
+
+
+def run():
+    settings = parse_settings(Settings, __doc__)
+    if settings.stage != "all" and settings.stage not in STAGES:
+        raise EchoError(f"--stage {settings.stage}: must be all or one of {', '.join(STAGES)}")
+    device, rank, world = pick_device(settings.device)
+    stages = STAGES if settings.decoder != "tiny" else tuple(s for s in STAGES if s != "projector")
+    for stage in stages if settings.stage == "all" else (settings.stage,):
+        run_stage(stage, settings, device, rank, world)
+
+
+if __name__ == "__main__":
+    main(run)
