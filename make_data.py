@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from echo import EchoError, main, parse_segment, parse_settings, write_jsonl, write_wav
+from echo import EchoError, main, parse_segment, parse_settings, wav_bytes, write_atomically, write_jsonl
 
 KINDS = ("hum", "rumble", "buzz", "tone", "chirp", "bell", "whistle", "hiss")
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}  # the fine detail: pulses in a sound
@@ -264,7 +264,7 @@ def make_split(settings, split, n_clips, out):
         rng = np.random.default_rng([settings.seed, ("train", "test").index(split), i])
         wave, events = synthesise(rng)
         path = f"audio/{split}/{i:05d}.wav"
-        write_wav(out / path, wave, SAMPLE_RATE)
+        write_atomically(out / path, wav_bytes(wave, SAMPLE_RATE))
         clips.append({"id": f"{split}-{i:05d}", "audio_path": path, **describe(events)})
         for category in CATEGORIES:
             row = {"id": f"{split}-{i:05d}-{category}", "audio_path": path, **write_row(category, events, rng)}

@@ -25,7 +25,7 @@ import shutil
 
 from echo import (Clips, Config, EchoError, PAPER_PROMPT, Sample, Training, WhisperEncoder, build, cut, evaluate,
                   linear_schedule, load, load_audio, main, parse_settings, pick_device, read_questions, read_rows, save)
-from make_data import from_edge, look_for, then_comes
+from make_data import from_edge, heard, look_for, seg, then_comes
 
 STAGES = ("encoder", "projector", "align", "sft")
 FOLDERS = dict(zip(STAGES, ("encoder", "projector", "base", "sft")))
@@ -171,16 +171,28 @@ def add_grounded(model, sample, text, path, clips, listen):
     return model.add_response(sample, last)
 
 
+def drill(model, events, path, clips):
+    """Short clips at the full rate, each followed by what is heard in it: where counting is learned."""
+    sample = Sample()
+    for e in events:
+        model.add_span(model.add_text(sample, seg(e)), clips.span(path, e["start_s"], e["end_s"]))
+        model.add_text(sample, " " + heard(e), trained=True)
+    return sample
+
+
 def caption(model, clip, path, clips, rng, instruct):
     """A clip and a text that says what is heard where, to learn.
 
     Captions name every sound in RANDOM order: in order of time, where a sound is could be had without its name.
     Instructions name the sounds to describe, or one and what follows it.
     """
-    sample = model.add_span(Sample(), clips.span(path))
     if "A4_events" not in clip:
+        sample = model.add_span(Sample(), clips.span(path))
         return model.add_response(model.add_text(sample, "Describe the audio."), clip["A1_description"])
     events = [clip["A4_events"][i] for i in rng.permutation(len(clip["A4_events"]))]
+    if instruct and rng.random() < 0.5:
+        return drill(model, events, path, clips)
+    sample = model.add_span(Sample(), clips.span(path))
     ask, text = "Describe every sound.", " ".join(map(look_for, events))
     if instruct and rng.random() < 0.5:
         events = events[:int(rng.integers(1, len(events) + 1))]
