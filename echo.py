@@ -481,7 +481,7 @@ def toy_tokenizer(texts):
         pre_tokenizers.Split(Regex(r"\d|, (?=\d)| ?[A-Za-z]+|\s+|[^\sA-Za-z\d]"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse(),
-                                     decoders.Replace(Regex("(?<=<(think|answer)>) "), ""),
+                                     decoders.Replace(Regex("(?<=<(think|answer|seg)>) "), ""),
                                      decoders.Replace(Regex(r"(?<=[^>\s])<seg>"), " <seg>")])
     trainer = trainers.BpeTrainer(vocab_size=2048, min_frequency=2, show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))

@@ -55,19 +55,6 @@ def noise(seconds, seed=0):
     return torch.randn(round(seconds * 16_000), generator=torch.Generator().manual_seed(seed)) * 0.1
 
 
-def pointing(model, strength=40.0):
-    """A model that writes <seg>1.0, 2.5</seg> about every ten tokens: its head is bent, the rest is its own."""
-    bent = copy.deepcopy(model)
-    script_ids = bent.tokenizer("look <seg>1.0, 2.5</seg> the <seg>0.5, 1.0</seg> a", add_special_tokens=False).input_ids
-    follow = dict(zip(script_ids, script_ids[1:]))
-    original = bent.log_softmax
-
-    def log_softmax(hidden, temperature=1.0):
-        return original(hidden, temperature)
-    bent.log_softmax = log_softmax
-    return bent, script_ids
-
-
 # ---------------------------------------------------------------------------------------------- audio
 
 @pytest.mark.parametrize("bits,coding", [(8, 1), (16, 1), (24, 1), (32, 1), (32, 3)])
@@ -137,8 +124,9 @@ def test_first_listen_lacks_the_detail_and_has_the_place(model):
         clips.append(torch.tensor(wave, dtype=torch.float32))
     mel = [model.encoder.power(c) for c in clips]
     thumbs = [torch.nn.functional.avg_pool1d(m, 50).clamp_min(1e-6).log10() for m in mel]
-    assert (thumbs[0] - thumbs[1]).abs().max() < 0.1
-    assert (mel[0].clamp_min(1e-6).log10() - mel[1].clamp_min(1e-6).log10()).abs().max() > 1.0
+    full = [m.clamp_min(1e-6).log10() for m in mel]
+    assert (thumbs[0] - thumbs[1]).abs().mean() < 0.02 * (full[0] - full[1]).abs().max()
+    assert (thumbs[0] - thumbs[1])[:, 4:6].abs().max() < 0.25 * (full[0] - full[1]).abs().max()
     assert thumbs[0][:, 4:6].max() > thumbs[0][:, :4].max() + 1.0
 
 
@@ -208,7 +196,7 @@ def test_turn_limit():
 
 def test_ten_thousand_hostile_tags():
     rng = random.Random(0)
-    alphabet = ["0", "1", "9", ".", ",", " ", ":", "s", "-", "e", "<seg>", "</seg>", "\n", "\0", "²", "∞", "9" * 400, "1, 2", "٣"]
+    alphabet = ["0", "1", "9", ".", ",", " ", ":", "s", "-", "e", "<seg>", "</seg>", "\n", "\0", "²", "∞", "9" * 400, "1, 2", "1, 1.1", "٣"]
     reasons = set()
     for _ in range(10_000):
         segment = parse_segment("".join(rng.choice(alphabet) for _ in range(rng.randrange(9))), 6.0, rng.randrange(10))

@@ -25,7 +25,7 @@ import shutil
 
 from echo import (Clips, Config, EchoError, PAPER_PROMPT, Sample, Training, WhisperEncoder, build, cut, evaluate,
                   linear_schedule, load, load_audio, main, parse_settings, pick_device, read_questions, read_rows, save)
-from make_data import from_edge, heard, look_for, seg, then_comes
+from make_data import CATEGORIES, from_edge, look_for, then_comes, write_row
 
 STAGES = ("encoder", "projector", "align", "sft")
 FOLDERS = dict(zip(STAGES, ("encoder", "projector", "base", "sft")))
@@ -49,13 +49,13 @@ class Settings:
     encoder_lr: float = 2e-3
     projector_steps: int = 1000      # only with a pretrained decoder
     align_steps: int = 3500          # captions at most; they end when a segment's start is known (align_until)
-    align_until: float = 0.35        # running mean of the start digit's loss, in nats; not knowing is 1.8
+    align_until: float = 0.3         # running mean of the start digit's loss, in nats; not knowing is 1.8
     align_batch: int = 8
-    align_lr: float = 2e-3           # constant, then from half of it linear to 0 over the instructions
+    align_lr: float = 1e-3           # constant, then over the instructions linear to 0
     instruct_steps: int = 1000
-    sft_steps: int = 600             # about two epochs; the paper: one over 75.9k rows
+    sft_steps: int = 500             # an epoch and a half; the paper: one over 75.9k rows
     sft_batch: int = 16
-    sft_lr: float = 7e-4             # the paper: 5e-6, for a model 10,000 times as large
+    sft_lr: float = 5e-4             # the paper: 5e-6, for a model 10,000 times as large
     warmup: float = 0.05             # share of a stage's steps
     tokens_per_batch: int = 16384    # micro-batches hold at most so many tokens, gradients are accumulated over them
     checkpointing: bool = False      # gradient checkpointing: less memory, one more forward pass
@@ -161,38 +161,27 @@ def name_projector(model, clips, kinds, settings):
 
 # ---------------------------------------------------------------------------------------------- text with audio
 
-def add_grounded(model, sample, text, path, clips, listen):
-    """Append a grounded text to learn; with `listen`, the audio of each segment after its tag, as decoding inserts it."""
+def add_grounded(model, sample, text, path, clips, listen, place=True):
+    """Append a grounded text to learn; with `listen`, the audio of each segment after its tag, as decoding inserts it.
+
+    place=False: the times in the tags are given, not to be learned.
+    """
     *parts, last = text.split("</seg>")
     for part in parts:
-        model.add_text(sample, part + "</seg>", trained=True)
+        said, times = part.split("<seg>")
+        model.add_text(model.add_text(sample, said + "<seg>", trained=True), times + "</seg>", trained=place)
         if listen:
-            model.add_span(sample, clips.span(path, *map(float, part.split("<seg>")[1].split(","))))
+            model.add_span(sample, clips.span(path, *map(float, times.split(","))))
     return model.add_response(sample, last)
 
 
-def drill(model, events, path, clips):
-    """Short clips at the full rate, each followed by what is heard in it: where counting is learned."""
-    sample = Sample()
-    for e in events:
-        model.add_span(model.add_text(sample, seg(e)), clips.span(path, e["start_s"], e["end_s"]))
-        model.add_text(sample, " " + heard(e), trained=True)
-    return sample
-
-
-def caption(model, clip, path, clips, rng, instruct):
+def describe(model, clip, path, clips, rng, instruct):
     """A clip and a text that says what is heard where, to learn.
 
     Captions name every sound in RANDOM order: in order of time, where a sound is could be had without its name.
-    Instructions name the sounds to describe, or one and what follows it.
+    Instructions name the sounds to describe, or one and what follows it; half of them with the segments' audio.
     """
-    if "A4_events" not in clip:
-        sample = model.add_span(Sample(), clips.span(path))
-        return model.add_response(model.add_text(sample, "Describe the audio."), clip["A1_description"])
     events = [clip["A4_events"][i] for i in rng.permutation(len(clip["A4_events"]))]
-    if instruct and rng.random() < 0.5:
-        return drill(model, events, path, clips)
-    sample = model.add_span(Sample(), clips.span(path))
     ask, text = "Describe every sound.", " ".join(map(look_for, events))
     if instruct and rng.random() < 0.5:
         events = events[:int(rng.integers(1, len(events) + 1))]
@@ -201,7 +190,27 @@ def caption(model, clip, path, clips, rng, instruct):
         i = int(rng.integers(len(events) - 1))
         first, after = clip["A4_events"][i:i + 2]
         ask, text = f"Describe the {first['kind']} and what comes right after it.", f"{look_for(first)} {then_comes(after)}"
-    return add_grounded(model, model.add_text(sample, ask), text, path, clips, listen=instruct and rng.random() < 0.5)
+    sample = model.add_text(model.add_span(Sample(), clips.span(path)), ask)
+    return add_grounded(model, sample, text, path, clips, listen=instruct and rng.random() < 0.5)
+
+
+def short_clips(model, clip, path, clips, rng):
+    """A question, and short clips at the full rate with what is heard in them; the whole clip is not heard.
+
+    Here counting is learned. Where the short clips lie is given: without the whole clip it can't be known.
+    """
+    row = write_row(str(rng.choice(CATEGORIES)), clip["A4_events"], rng)
+    text = model.config.prompt.format(question=row["question"], choices=", ".join(row["multi_choice"]))
+    return add_grounded(model, model.add_text(Sample(), text), row["cot"], path, clips, listen=True, place=False)
+
+
+def align_sample(model, clip, path, clips, rng, instruct):
+    if "A4_events" not in clip:  # clips with a description alone
+        sample = model.add_text(model.add_span(Sample(), clips.span(path)), "Describe the audio.")
+        return model.add_response(sample, clip["A1_description"])
+    if instruct and rng.random() < 0.4:
+        return short_clips(model, clip, path, clips, rng)
+    return describe(model, clip, path, clips, rng, instruct)
 
 
 def fit(training, model, draw, n_rows, batch, rate, settings, desc):
@@ -234,14 +243,14 @@ def fit(training, model, draw, n_rows, batch, rate, settings, desc):
 
 
 def align_rate(training, settings):
-    """Constant until places are known (or align_steps), then the instructions at half of it, linear to 0."""
+    """Constant until places are known (or align_steps), then over the instructions linear to 0."""
     step, state = training.step, training.state
     if "instruct_at" not in state and (state.get("start_loss", 9.0) < settings.align_until or step >= settings.align_steps):
         state["instruct_at"] = step
     if "instruct_at" not in state:
         return settings.align_lr * min(1.0, (step + 1) / (settings.warmup * 1000 + 1))
     left = settings.instruct_steps - (step - state["instruct_at"])
-    return settings.align_lr / 2 * left / settings.instruct_steps if left > 0 else None
+    return settings.align_lr * left / settings.instruct_steps if left > 0 else None
 
 
 def linear_rate(training, lr, steps, settings):
@@ -324,7 +333,7 @@ def train_text(stage, training, model, clip_rows, clips, settings):
 
     def draw(i, rng):
         path, clip = clip_rows[i]
-        return caption(model, clip, path, clips, rng, "instruct_at" in training.state)
+        return align_sample(model, clip, path, clips, rng, "instruct_at" in training.state)
     rate = (lambda: align_rate(training, settings)) if stage == "align" else (
         lambda: linear_rate(training, settings.align_lr, settings.projector_steps, settings))
     fit(training, model, draw, len(clip_rows), settings.align_batch, rate, settings, stage)
