@@ -1028,26 +1028,46 @@ def linear_schedule(step, steps, warmup=0, final=0.0):
     return final + (1 - final) * max(0.0, (steps - step) / max(1, steps - warmup))
 
 
+def fixed(settings):
+    """The settings that a run can't change on the way, as a dict."""
+    free = ("device", "save_every", "log_every", "tokens_per_batch", "checkpointing", "retrain", "stage")
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in free}
+
+
+def same_settings(folder, before, now):
+    for k, v in now.items():
+        if before.get(k, v) != v:
+            raise EchoError(f"{folder} was begun with {k} = {before[k]}, now it is {v}; give the same value, another --out, or --retrain")
+
+
+def finished(folder, settings, retrain, rank, world):
+    """Does the folder hold the model of a finished run with these settings? `retrain` removes it first."""
+    folder = Path(folder)
+    if retrain and rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    if world > 1:
+        torch.distributed.barrier()
+    if not (folder / "model" / "echo.json").is_file():
+        return False
+    same_settings(folder, json.loads((folder / "settings.json").read_text()), settings)
+    if rank == 0:
+        print(f"{folder}: already trained (--retrain trains it again)")
+    return True
+
+
 class Training:
     """Optimiser, log and saves of one training, which may be killed at any moment and run again.
 
     All randomness of a training is drawn from (seed, step), so step, weights and optimiser are all there is to save.
     `state` is a dict of numbers that the loop wants saved too. `sample_loss` runs under torchrun on every process.
     """
-    FREE = ("device", "save_every", "eval_every", "tokens_per_batch", "retrain", "stage")  # may differ when a run goes on
-
     def __init__(self, folder, module, settings, device, rank=0, world=1, betas=(0.9, 0.95)):
         self.folder, self.module, self.rank, self.world = Path(folder), module, rank, world
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
-        self.settings = {k: v for k, v in dataclasses.asdict(settings).items() if k not in self.FREE}
-        self.step, self.state, self.log_bytes = 0, {}, 0
+        self.settings, self.step, self.state, self.log_bytes = settings, 0, {}, 0
         self.resume(device)
         self.ddp = DistributedDataParallel(module) if world > 1 else module
-
-    @property
-    def finished(self):
-        return bool(self.state.get("finished"))
 
     def saves(self):
         return sorted(p for p in (self.folder / "saves").glob("step-*") if p.suffix not in (".tmp", ".old"))
@@ -1056,11 +1076,7 @@ class Training:
         if self.saves():
             path = self.saves()[-1]
             saved = torch.load(path / "training.pt", map_location=device, weights_only=True)
-            changed = [k for k, v in self.settings.items() if saved["settings"].get(k, v) != v]
-            if changed:
-                k = changed[0]
-                raise EchoError(f"{self.folder} was begun with {k} = {saved['settings'][k]}, now it is {self.settings[k]}; "
-                                f"give the same value, another --out, or --retrain")
+            same_settings(self.folder, saved["settings"], self.settings)
             self.module.load_state_dict(saved["module"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, self.state, self.log_bytes = saved["step"], saved["state"], saved["log_bytes"]
@@ -1070,9 +1086,8 @@ class Training:
             with open(self.folder / "log.jsonl", "ab") as log:  # what was logged after the last save happens again
                 log.truncate(self.log_bytes)
 
-    def save(self, **state):
+    def save(self):
         """Save everything, atomically; keep the last two saves."""
-        self.state |= state
         if self.rank == 0:
             saved = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
                      "state": self.state, "log_bytes": self.log_bytes, "settings": self.settings}

@@ -170,14 +170,14 @@ def answer_batch(model, questions, settings):
     for q, error in zip(questions, errors):
         t = {"answer": None, "response": "", "segments": [], "ended": None, "error": error} if error else trace(next(rolled))
         said = t.pop("answer")
-        rows.append({**q.row, "answer_prediction": said or "", "model_output": said or "", "answered": said is not None, **t,
+        rows.append({**q.row, "answer_prediction": said or "", "model_output": said or "", **t,
                      "seconds": round(seconds, 4)})
     return rows
 
 
 def summarise(questions, rows):
     """Accuracy by category with a 95% interval (where the truth is known), listening, and seconds a question."""
-    summary = {"questions": len(rows), "no_answer": sum(not r["answered"] for r in rows)}
+    summary = {"questions": len(rows)}
     groups = {"all": range(len(rows))} | {c: [i for i, q in enumerate(questions) if q.category == c]
                                           for c in sorted({q.category for q in questions})}
     if all(q.answer for q in questions):
@@ -198,7 +198,7 @@ def readable(summary):
     s = summary
     lines += [f"segments a response {s['segments']:.2f}   mean length {s['segment_s']:.2f} s   overlap {s['overlap']:.2f}",
               f"listened at least once {s['listened_once']:.1%}   twice {s['listened_twice']:.1%}",
-              f"no answer {s['no_answer']} of {s['questions']}   truncated {s['truncated']:.1%}   "
+              f"no answer {s['no_answer']:.1%}   truncated {s['truncated']:.1%}   "
               f"rejected tags {', '.join(f'{k} {v:.1%}' for k, v in s['rejected'].items()) or 'none'}",
               f"{s['seconds']:.3f} s a question"]
     return "\n".join(lines)

@@ -768,3 +768,71 @@ def test_your_own_encoder(model):
     wave = noise(2.01)
     row = rollouts(mine, [mine.prompt(wave, "q", [])], [wave], max_new_tokens=5)[0]
     assert row.n_prompt > 51 and len(row.logprobs) == 5
+
+
+# ---------------------------------------------------------------------------------------------- python test_echo.py: speed
+
+def one_by_one(model, prompt, wave, seed, max_new_tokens=100):
+    """The published scheme, as a reference: a row at a time, the whole sequence prefilled again after each segment."""
+    row = Rollout(prompt.copy(), wave, len(prompt.ids))
+    draws = torch.rand(1, max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    while not row.ended:
+        cache, since = transformers.DynamicCache(config=model.decoder.config), 0
+        while True:
+            ids, position, real, spans = model.collate([row.sample], [since])
+            mask = torch.ones(1, len(row.sample.ids), dtype=torch.long)
+            hidden = model.hidden(ids, position, mask, spans, cache)[:, -1]
+            since = len(row.sample.ids)
+            token, logp, p = next(iter(echo.sample_tokens(model, hidden, [row], [0], draws, 1.0)))
+            echo.add_token(model, row, token, logp, p, "interleaved", max_new_tokens)
+            if row.ended or token == model.seg_end_id and echo.insert_segment(model, row, "segment", seed):
+                break
+    return row
+
+
+def seconds(run, repeat=3):
+    """The median of some timings."""
+    took = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        run()
+        took.append(time.perf_counter() - began)
+    return sorted(took)[repeat // 2]
+
+
+@torch.no_grad()
+def decoding_speed(model, questions):
+    waves = [load_audio(q.path) for q in questions]
+    prompts = [model.prompt(w, q.question, q.choices) for w, q in zip(waves, questions)]
+    batched = seconds(lambda: rollouts(model, prompts, waves, group=8, seeds=range(64), max_new_tokens=100))
+    single = seconds(lambda: [one_by_one(model, prompts[i // 8], waves[i // 8], i) for i in range(64)], 1)
+    same = all(a.sample.ids == one_by_one(model, prompts[i // 8], waves[i // 8], i).sample.ids
+               for i, a in list(enumerate(rollouts(model, prompts, waves, group=8, seeds=range(64), max_new_tokens=100)))[::16])
+    print(f"64 interleaved rollouts, batched against one by one with re-prefill: {single / batched:.1f} times the responses a second "
+          f"({64 / batched:.0f} against {64 / single:.1f}); same ids: {same}")
+    eos, model.eos_ids, steps = model.eos_ids, set(), 60
+    prompts, waves = prompts * 8, waves * 8
+    ids, position, mask, spans = model.collate(prompts, left=True)
+    embeddings = model.embed(ids, spans)
+    ours = seconds(lambda: rollouts(model, prompts, waves, reasoning="text", temperature=0.0, max_new_tokens=steps), 5)
+    theirs = seconds(lambda: model.decoder.generate(inputs_embeds=embeddings, attention_mask=mask, do_sample=False, min_new_tokens=steps,
+                                                    max_new_tokens=steps, pad_token_id=0), 5)
+    model.eos_ids = eos
+    print(f"64 rows, {steps} forward steps, against transformers' generate: {theirs / ours:.2f} times its speed")
+
+
+def training_speed(model, questions):
+    samples = [train_sft.add_grounded(model, model.prompt(load_audio(q.path), q.question, q.choices), q.row["cot"], q.path, echo.Clips(), True)
+               for q in questions]
+    with torch.no_grad():
+        model.embed(model.collate(samples)[0], model.collate(samples)[3])  # the encoder's tokens are cached, as in training
+    ids, position, mask, spans = model.collate(samples)
+    ours = seconds(lambda: (-model(samples)[0].mean()).backward(), 9)
+    bare = seconds(lambda: model.decoder(input_ids=ids, attention_mask=mask, labels=ids).loss.backward(), 9)
+    print(f"a training step of {mask.sum()} tokens against a bare forward and backward of the decoder: {bare / ours:.2f} times its speed")
+
+
+if __name__ == "__main__":
+    trained_model = load("runs/rl")
+    decoding_speed(trained_model, echo.read_questions("data/test.jsonl")[:8])
+    training_speed(trained_model.train(), echo.read_questions("data/sft.jsonl")[:32])

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from echo import (REWARDS, EchoError, Training, evaluate, grpo_loss, group_advantages, is_right, linear_schedule, listening, load,
+from echo import (REWARDS, EchoError, Training, evaluate, finished, fixed, grpo_loss, group_advantages, is_right, linear_schedule, listening, load,
                   load_audio, main, parse_settings, pick_device, read_questions, response_weights, rollouts, save)
 
 
@@ -59,19 +59,19 @@ def main_loop(settings, device, rank, world):
         policy.decoder.gradient_checkpointing_enable({"use_reentrant": False})
     questions = read_questions(settings.data, settings.audio_root)
     test = [] if settings.test == "none" else read_questions(settings.test, settings.audio_root)[:settings.eval_questions]
-    training = Training(settings.out, policy, settings, device, rank, world)
+    training = Training(settings.out, policy, fixed(settings), device, rank, world)
     bar = tqdm(total=settings.steps, initial=training.step, desc="grpo", disable=rank > 0)
     while training.step < settings.steps:
         if training.step % settings.eval_every == 0:
             check(training, policy, test, settings)
         grpo_step(training, policy, reference, questions, settings)
         bar.update()
-        if training.step % settings.save_every == 0 or training.step == settings.steps:
+        if training.step % settings.save_every == 0:
             training.save()
     check(training, policy, test, settings)
+    training.save()
     if rank == 0:
         save(policy, Path(settings.out) / "model")
-    training.save(finished=True)
 
 
 def check(training, policy, test, settings):
@@ -141,8 +141,15 @@ def update_policy(training, policy, reference, responses, advantages, settings):
 
 def run():
     settings = parse_settings(Settings, __doc__)
+    for name, known in (("reward", REWARDS), ("reasoning", ("interleaved", "text"))):
+        if getattr(settings, name) not in known:
+            raise EchoError(f"--{name} {getattr(settings, name)}: must be one of {', '.join(known)}")
     device, rank, world = pick_device(settings.device)
-    main_loop(settings, device, rank, world)
+    if settings.questions % (settings.mini_batches * world) or settings.group < 2:
+        raise EchoError(f"--questions {settings.questions}: must be a multiple of --mini-batches x processes, "
+                        f"{settings.mini_batches * world}, and --group at least 2")
+    if not finished(settings.out, fixed(settings), settings.retrain, rank, world):
+        main_loop(settings, device, rank, world)
 
 
 if __name__ == "__main__":

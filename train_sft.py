@@ -21,10 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import shutil
-
-from echo import (Clips, Config, EchoError, PAPER_PROMPT, Sample, Training, WhisperEncoder, build, cut, evaluate,
-                  linear_schedule, load, load_audio, main, parse_settings, pick_device, read_questions, read_rows, save)
+from echo import (PAPER_PROMPT, Clips, Config, EchoError, Sample, Training, WhisperEncoder, build, cut, evaluate, finished,
+                  fixed, linear_schedule, load, load_audio, main, parse_settings, pick_device, read_questions, read_rows, save)
 from make_data import CATEGORIES, from_edge, look_for, then_comes, write_row
 
 STAGES = ("encoder", "projector", "align", "sft")
@@ -44,7 +42,7 @@ class Settings:
     first_listen_rate: float | None = 2.0  # audio tokens a second in the first listen; none: the full rate (the paper)
     share_position: bool = True      # all tokens of a re-listened segment at one position
     train: str = "decoder"           # in align and sft: decoder (all of it), projector, or the last N layers: last-4
-    encoder_steps: int = 200         # 98% of the frames are right by then
+    encoder_steps: int = 300         # 98% of the frames are right by then
     encoder_clips: int = 600         # of 16 a step
     encoder_lr: float = 2e-3
     projector_steps: int = 1000      # only with a pretrained decoder
@@ -53,9 +51,9 @@ class Settings:
     align_batch: int = 8
     align_lr: float = 1e-3           # constant, then over the instructions linear to 0
     instruct_steps: int = 1000
-    sft_steps: int = 500             # an epoch and a half; the paper: one over 75.9k rows
+    sft_steps: int = 400             # an epoch and a quarter; the paper: one over 75.9k rows
     sft_batch: int = 16
-    sft_lr: float = 5e-4             # the paper: 5e-6, for a model 10,000 times as large
+    sft_lr: float = 3e-4             # the paper: 5e-6, for a model 10,000 times as large
     warmup: float = 0.05             # share of a stage's steps
     tokens_per_batch: int = 16384    # micro-batches hold at most so many tokens, gradients are accumulated over them
     checkpointing: bool = False      # gradient checkpointing: less memory, one more forward pass
@@ -69,39 +67,47 @@ class Settings:
 # ---------------------------------------------------------------------------------------------- encoder
 
 class Detector(nn.Module):
-    """Frame-level sound-event detector: the encoder and a linear head over the kinds, silence, and "it starts here"."""
+    """Frame-level sound-event detector: the encoder and linear heads for kind (or silence), start, and rhythm."""
 
-    def __init__(self, encoder, n_kinds):
+    def __init__(self, encoder, clips):
         super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(encoder.dim, n_kinds + 2)
+        events = [e for _, clip in clips for e in clip["A4_events"]]
+        self.kinds = sorted({e["kind"] for e in events})
+        self.counts = sorted({e["pulses"] for e in events if "pulses" in e})
+        self.encoder = encoder
+        self.kind, self.start = nn.Linear(encoder.dim, len(self.kinds) + 1), nn.Linear(encoder.dim, 1)
+        self.pulses = nn.Linear(encoder.dim, max(1, len(self.counts)))
 
     def forward(self, crops, thumbnails):
-        return self.head(torch.cat(self.encoder(crops, False))), self.head(torch.cat(self.encoder(thumbnails, True)))
+        """Logits (kind, start, pulses) at each token, of the crops at the full rate and of the thumbnails."""
+        tokens = (torch.cat(self.encoder(crops, False)), torch.cat(self.encoder(thumbnails, True)))
+        return [(self.kind(x), self.start(x)[:, 0], self.pulses(x)) for x in tokens]
+
+    def labels(self, events, start_s, token_s, n, fine):
+        """(n,) kind at each token (len(kinds): silence), (n,) does it start there, (n,) index of its number of pulses or -1.
+
+        `fine`: the gaps between pulses are silence, and the number of pulses is asked for.
+        """
+        t = start_s + (torch.arange(-1, n) + 0.5) * token_s
+        kind, pulses = torch.full((n + 1,), len(self.kinds)), torch.full((n + 1,), -1)
+        for e in events:
+            inside = (t > e["start_s"]) & (t < e["end_s"])
+            if fine and "pulses" in e:
+                pulses[inside] = self.counts.index(e["pulses"])
+                inside &= from_edge(e["pulses"], (t - e["start_s"]) / (e["end_s"] - e["start_s"])) > 0
+            kind[inside] = self.kinds.index(e["kind"])
+        starts = (kind[1:] != kind[:-1]) & (kind[1:] != len(self.kinds))
+        return kind[1:], starts.float(), pulses[1:]
 
 
-def frame_labels(events, kinds, start_s, token_s, n, pulses):
-    """(n,) the kind at each token, len(kinds) for silence, and (n,) whether it starts there, 0 or 1.
-
-    With `pulses` the gaps between pulses are silence too.
-    """
-    t = start_s + (torch.arange(-1, n) + 0.5) * token_s
-    labels = torch.full((n + 1,), len(kinds))
-    for e in events:
-        inside = (t > e["start_s"]) & (t < e["end_s"])
-        if pulses and "pulses" in e:
-            inside &= from_edge(e["pulses"], (t - e["start_s"]) / (e["end_s"] - e["start_s"])) > 0
-        labels[inside] = kinds.index(e["kind"])
-    starts = (labels[1:] != labels[:-1]) & (labels[1:] != len(kinds))
-    return labels[1:], starts.float()
+def detection_loss(logits, labels):
+    """Summed over the tokens: cross-entropy of kind, of starting or not, and of the number of pulses where there is one."""
+    return (F.cross_entropy(logits[0], labels[0], reduction="sum")
+            + F.binary_cross_entropy_with_logits(logits[1], labels[1], reduction="sum")
+            + F.cross_entropy(logits[2], labels[2], reduction="sum", ignore_index=-1))
 
 
-def detection_loss(logits, labels, starts):
-    """Summed cross-entropy over kinds and silence, and over starting or not."""
-    return (F.cross_entropy(logits[:, :-1], labels, reduction="sum")
-            + F.binary_cross_entropy_with_logits(logits[:, -1], starts, reduction="sum"))
-
-
-def train_encoder(training, detector, clips, kinds, settings):
+def train_encoder(training, detector, clips, settings):
     """Each step: 16 thumbnails of whole clips, and a random crop of each at the full rate."""
     config, encoder = detector.encoder.config, detector.encoder
     token_s = 1 / encoder.TOKENS_PER_SECOND
@@ -121,29 +127,59 @@ def train_encoder(training, detector, clips, kinds, settings):
             waves.append(wave.to(device))
             crops.append(cut(wave, start_s, start_s + n * token_s, config.sample_rate).to(device))
             n = encoder.n_tokens(len(crops[-1]), False)
-            crop_labels.append(frame_labels(events, kinds, start_s, token_s, n, True))
-            thumb_labels.append(frame_labels(events, kinds, 0.0, thumb_s, encoder.n_tokens(len(wave), True), thumb_s == token_s))
+            crop_labels.append(detector.labels(events, start_s, token_s, n, True))
+            thumb_labels.append(detector.labels(events, 0.0, thumb_s, encoder.n_tokens(len(wave), True), thumb_s == token_s))
         logits = training.ddp(crops, waves)
-        labels = [[torch.cat(x).to(device) for x in zip(*pairs)] for pairs in (crop_labels, thumb_labels)]
-        counts = training.sum(*(len(kind) for kind, _ in labels))
-        loss = sum(detection_loss(x, *y) / n for x, y, n in zip(logits, labels, counts))
+        labels = [[torch.cat(x).to(device) for x in zip(*each)] for each in (crop_labels, thumb_labels)]
+        counts = training.sum(*(len(y[0]) for y in labels))
+        loss = sum(detection_loss(x, y) / n for x, y, n in zip(logits, labels, counts))
         (loss * training.world).backward()
         training.update(settings.encoder_lr * linear_schedule(step, settings.encoder_steps, int(settings.warmup * settings.encoder_steps)))
-        right = training.sum(loss.item(), *((x[:, :-1].argmax(1) == kind).sum() for x, (kind, _) in zip(logits, labels)))
+        right = training.sum(loss.item(), *((x[0].argmax(1) == y[0]).sum() for x, y in zip(logits, labels)))
         if training.step % settings.log_every == 0:
             training.log(loss=right[0], frames_right=right[1] / counts[0], thumbnails_right=right[2] / counts[1])
         if training.step % settings.save_every == 0:
             training.save()
 
 
+def probe(training, detector, clips):
+    """What a small network reads of the number of pulses from a sound's tokens: of the first listen, and at the full rate."""
+    encoder, config = detector.encoder, detector.encoder.config
+    x, y = {"first_listen": [], "full_rate": []}, []
+    if not config.first_listen_rate or not detector.counts or training.rank > 0:
+        return
+    for path, clip in tqdm(clips, desc="probe"):
+        wave = load_audio(path, config.sample_rate).to(training.parameters[0].device)
+        events = [e for e in clip["A4_events"] if "pulses" in e]
+        with torch.no_grad():
+            thumbnail = encoder([wave], True)[0]
+            x["full_rate"] += [t.flatten() for t in encoder([cut(wave, e["start_s"], e["end_s"], config.sample_rate) for e in events], False)]
+        x["first_listen"] += [cut(thumbnail, e["start_s"], e["end_s"], config.first_listen_rate).flatten() for e in events]
+        y += [detector.counts.index(e["pulses"]) for e in events]
+    y, n = torch.tensor(y, device=training.parameters[0].device), len(y) * 4 // 5
+    right = {}
+    for name, features in x.items():
+        features = nn.utils.rnn.pad_sequence(features, batch_first=True)
+        features = (features - features.mean(0)) / (features.std(0) + 1e-3)
+        net = nn.Sequential(nn.Linear(features.shape[1], 128), nn.GELU(), nn.Linear(128, len(detector.counts))).to(y.device)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.1)
+        for _ in range(300):
+            i = torch.randint(n, (128,), device=y.device)
+            F.cross_entropy(net(features[i]), y[i]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        right[f"probe_{name}"] = (net(features[n:]).argmax(1) == y[n:]).float().mean().item()
+    training.log(**right, probe_chance=1 / len(detector.counts))
+
+
 @torch.no_grad()
-def name_projector(model, clips, kinds, settings):
+def name_projector(model, clips, detector):
     """Start the projector where each audio token looks like the embedding of its sound's name: least squares.
 
     Labels and embeddings are what the detector and the tiny decoder have in common before they have met.
     """
     table = model.decoder.get_input_embeddings().weight
-    names = torch.stack([table[model.tokenizer(k, add_special_tokens=False).input_ids[-1]] for k in kinds]
+    names = torch.stack([table[model.tokenizer(k, add_special_tokens=False).input_ids[-1]] for k in detector.kinds]
                         + [torch.zeros_like(table[0])])
     x, y = [], []
     for path, clip in tqdm(clips[:300], desc="projector"):
@@ -152,7 +188,7 @@ def name_projector(model, clips, kinds, settings):
             tokens = model.encoder([wave], first_listen)[0]
             seconds = len(wave) / model.config.sample_rate / len(tokens)
             x.append(tokens)
-            y.append(names[frame_labels(clip["A4_events"], kinds, 0.0, seconds, len(tokens), not first_listen)[0]])
+            y.append(names[detector.labels(clip["A4_events"], 0.0, seconds, len(tokens), not first_listen)[0]])
     x = torch.cat([torch.cat(x), torch.ones(sum(map(len, x)), 1, device=model.device)], 1)
     solution = torch.linalg.lstsq(x.double().cpu(), torch.cat(y).double().cpu()).solution.to(table)
     model.projector.weight.copy_(solution[:-1].T)
@@ -274,30 +310,27 @@ def set_trainable(model, what):
 
 def run_stage(stage, settings, device, rank, world):
     folder = Path(settings.out) / FOLDERS[stage]
-    if settings.retrain and rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    if world > 1:
-        torch.distributed.barrier()
-    if (folder / "model" / "echo.json").is_file():
-        if rank == 0:
-            print(f"{folder}: already trained (--retrain trains it again)")
+    later = tuple(f"{name}_" for name in STAGES[STAGES.index(stage) + 1:]) + (("instruct_",) if stage in STAGES[:2] else ())
+    fixed_here = {k: v for k, v in fixed(settings).items() if not k.startswith(later) and (stage == "sft" or k not in ("data", "test"))}
+    if finished(folder, fixed_here, settings.retrain, rank, world):
         return
     clip_rows = read_rows(settings.clips, ("audio_path",)) if stage != "sft" else []
     root = Path(settings.audio_root or Path(settings.clips).parent)
     clip_rows = [(root / c["audio_path"], c) for c in clip_rows]
-    kinds = sorted({e["kind"] for _, c in clip_rows for e in c.get("A4_events", ())})
     torch.manual_seed(settings.seed)
     if stage == "encoder":
         model = new_model(settings, clip_rows).to(device)
-        if not isinstance(model.encoder, WhisperEncoder):
-            if not kinds:
-                raise EchoError(f"{settings.clips}: no 'A4_events' to train the small encoder on; give --encoder a Whisper checkpoint")
-            detector = Detector(model.encoder, len(kinds)).to(device)
-            training = Training(folder, detector, settings, device, rank, world)
-            train_encoder(training, detector, clip_rows, kinds, settings)
-            training.save()
-        if settings.decoder == "tiny" and kinds:
-            name_projector(model, clip_rows, kinds, settings)
+        if all("A4_events" in clip for _, clip in clip_rows):
+            detector = Detector(model.encoder, clip_rows).to(device)
+            if not isinstance(model.encoder, WhisperEncoder):
+                training = Training(folder, detector, fixed_here, device, rank, world)
+                train_encoder(training, detector, clip_rows, settings)
+                training.save()
+                probe(training, detector, clip_rows[:settings.encoder_clips])
+            if settings.decoder == "tiny":
+                name_projector(model, clip_rows, detector)
+        elif not isinstance(model.encoder, WhisperEncoder):
+            raise EchoError(f"{settings.clips}: rows without 'A4_events' can't train the small encoder; give --encoder a Whisper checkpoint")
     else:
         before = STAGES[STAGES.index(stage) - 1]
         if before == "projector" and not (Path(settings.out) / "projector").exists():
@@ -306,7 +339,7 @@ def run_stage(stage, settings, device, rank, world):
         set_trainable(model, "projector" if stage == "projector" else settings.train)
         if settings.checkpointing:
             model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
-        training, clips = Training(folder, model, settings, device, rank, world), Clips()
+        training, clips = Training(folder, model, fixed_here, device, rank, world), Clips()
         train_text(stage, training, model, clip_rows, clips, settings)
         training.save()
     if rank == 0:
