@@ -100,6 +100,7 @@ def answer_clip(model, settings):
               + (f"   truth: {truth}" if truth else "") + f"   ({time.time() - began:.1f} s)")
     if settings.html:
         trace_page(settings.html, model, wave, text, choices, truth, rollout, settings)
+        print(f"wrote {settings.html}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------- a benchmark
@@ -126,6 +127,7 @@ def run_benchmark(model, settings):
         part.unlink()
     if settings.html:
         index_page(settings.html, questions, done, model.config.sample_rate)
+        print(f"wrote {settings.html}", file=sys.stderr)
     summary = summarise(questions, done)
     print(json.dumps(summary) if settings.json else readable(summary))
     broken = [r for r in done if "error" in r]
@@ -239,7 +241,6 @@ document.querySelectorAll('select').forEach(s => s.addEventListener('change', pi
 
 def page(path, title, body):
     write_atomically(path, STYLE.replace("$title", escape(title)) + body + SCRIPT + "</html>")
-    print(f"wrote {path}", file=sys.stderr)
 
 
 def data_uri(kind, raw):
@@ -378,7 +379,8 @@ def run():
         if value not in known:
             raise EchoError(f"--{flag} {value}: must be one of {', '.join(known)}")
     if settings.report:
-        return report_page(settings.report, settings.against)
+        report_page(settings.report, settings.against)
+        return print(f"wrote {Path(settings.report) / 'report.html'}")
     model = load(settings.model, pick_device(settings.device)[0])
     if settings.benchmark:
         return run_benchmark(model, settings)

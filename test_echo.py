@@ -4,11 +4,15 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -768,6 +772,87 @@ def test_your_own_encoder(model):
     wave = noise(2.01)
     row = rollouts(mine, [mine.prompt(wave, "q", [])], [wave], max_new_tokens=5)[0]
     assert row.n_prompt > 51 and len(row.logprobs) == 5
+
+
+# ---------------------------------------------------------------------------------------------- pages, in a real browser
+
+needs_browser = pytest.mark.skipif(not shutil.which("chromedriver"), reason="no Chromium with chromedriver here: apt-get install chromium-driver")
+HOSTILE = "<script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">&amp;"
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A headless Chromium, spoken to over WebDriver: browser(page, script, seconds) -> what the script's `return` gives after them."""
+    port = random.randrange(20_000, 40_000)
+    driver = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def post(path, body):
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        return json.load(urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60))["value"]
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
+             "--disable-component-update", "--autoplay-policy=no-user-gesture-required", f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]
+    for _ in range(100):
+        try:
+            session = "/session/" + post("/session", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": {"args": flags}}}})["sessionId"]
+            break
+        except urllib.error.URLError:
+            time.sleep(0.1)
+
+    def open_page(page, script, result, seconds=0.0):
+        post(session + "/url", {"url": Path(page).as_uri()})
+        post(session + "/execute/sync", {"script": script, "args": []})
+        time.sleep(seconds)
+        return post(session + "/execute/sync", {"script": "return " + result, "args": []})
+    yield open_page
+    driver.terminate()
+
+
+def hostile_trace(model, tmp_path, monkeypatch):
+    Scripted(monkeypatch, model, ["<think>" + HOSTILE + " <seg>0.5, 1.5</seg> the hum <seg>9, 10</seg> no</think><answer>hum</answer>"] * 2)
+    wave = noise(3.0)
+    row = rollouts(model, [model.prompt(wave, HOSTILE, ["hum", HOSTILE])], [wave], max_new_tokens=300)[0]
+    generate.trace_page(tmp_path / "trace.html", model, wave, HOSTILE, ["hum", HOSTILE], "hum", row, generate.Settings(max_new_tokens=300))
+    return tmp_path / "trace.html"
+
+
+def test_attention_shares_against_the_uncached_pass(model, monkeypatch):
+    Scripted(monkeypatch, model, TEXTS[:1])
+    wave = noise(3.0)
+    row = rollouts(model, [model.prompt(wave, "q", [])], [wave], max_new_tokens=200)[0]
+    shares = echo.attention_shares(model, row)
+    assert shares.shape == (len(row.logprobs), 2) and (shares >= 0).all() and (shares.sum(1) <= 1 + 1e-5).all()
+    closed = row.sample.ids[row.n_prompt:].index(model.seg_end_id)
+    assert (shares[:closed + 1, 1] == 0).all() and (shares[closed + 1:, 1] > 0).all() and (shares[:, 0] > 0).all()
+
+
+def test_pages_are_self_contained_and_escape(model, tmp_path, monkeypatch):
+    text = hostile_trace(model, tmp_path, monkeypatch).read_text()
+    assert "<script>document.title" not in text and "<img src=x" not in text and "&lt;script&gt;" in text
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", text) and "prefers-color-scheme:dark" in text
+
+
+@needs_browser
+def test_a_chip_plays_its_segment_and_hostile_text_stays_text(model, tmp_path, monkeypatch, browser):
+    page = hostile_trace(model, tmp_path, monkeypatch)
+    seen = browser(page, """
+        const player = document.querySelector('audio'); window.seen = [document.title];
+        player.addEventListener('playing', () => seen.push(player.currentTime));
+        player.addEventListener('pause', () => seen.push(player.currentTime));
+        document.querySelector('button.chip').click();""", "[...seen, document.title, document.body.innerText]", 4.0)
+    title, started, stopped, later, text = seen
+    assert title == later == "Echo: a trace" and HOSTILE in text and "outside the clip" in text
+    assert abs(started - 0.5) < 0.3 and abs(stopped - 1.5) < 0.3
+
+
+@needs_browser
+def test_report_and_index_in_a_browser(trained, tmp_path, browser):
+    script("generate.py", "--report", trained / "runs/rl", "--against", trained / "runs/sft")
+    charts, text = browser(trained / "runs/rl/report.html", "", "[document.querySelectorAll('svg').length, document.body.innerText]")
+    assert charts > 15 and "mean k3 estimate" in text
+    script("generate.py", "--benchmark", trained / "data/test.jsonl", "--model", trained / "runs/rl", "--limit", 6, "--html", tmp_path / "index.html")
+    shown = "[...document.querySelectorAll('details')].filter(d => !d.hidden).length"
+    assert browser(tmp_path / "index.html", "", shown) == 6
+    assert browser(tmp_path / "index.html", "const k = document.getElementById('kind'); k.value = 'order'; k.dispatchEvent(new Event('change'))", shown) == 2
 
 
 # ---------------------------------------------------------------------------------------------- python test_echo.py: speed

@@ -19,6 +19,8 @@ from tqdm import tqdm
 from echo import (REWARDS, EchoError, Training, evaluate, finished, fixed, grpo_loss, group_advantages, is_right, linear_schedule, listening, load,
                   load_audio, main, parse_settings, pick_device, read_questions, response_weights, rollouts, save)
 
+from generate import report_page
+
 
 @dataclass
 class Settings:
@@ -68,9 +70,12 @@ def main_loop(settings, device, rank, world):
         bar.update()
         if training.step % settings.save_every == 0:
             training.save()
+            if rank == 0:
+                report_page(settings.out)
     check(training, policy, test, settings)
     training.save()
     if rank == 0:
+        report_page(settings.out)
         save(policy, Path(settings.out) / "model")
 
 
