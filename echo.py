@@ -1030,7 +1030,7 @@ def linear_schedule(step, steps, warmup=0, final=0.0):
 
 def fixed(settings):
     """The settings that a run can't change on the way, as a dict."""
-    free = ("device", "save_every", "log_every", "tokens_per_batch", "checkpointing", "retrain", "stage")
+    free = ("out", "device", "save_every", "log_every", "tokens_per_batch", "checkpointing", "retrain", "stage")
     return {k: v for k, v in dataclasses.asdict(settings).items() if k not in free}
 
 

@@ -35,7 +35,7 @@ class Settings:
     questions: int = 8               # prompts a step (the paper: 64)
     group: int = 8                   # responses to each
     mini_batches: int = 2            # updates a step, as in the paper (64 / 32)
-    lr: float = 3e-4                 # the paper: 1e-6, for a model 10,000 times as large
+    lr: float = 2e-4                 # the paper: 1e-6, for a model 10,000 times as large
     warmup: int = 5                  # steps; afterwards linear to a tenth
     clip: float = 0.2                # of the ratio
     kl_weight: float = 0.04          # of k3 against the SFT policy
