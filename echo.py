@@ -21,7 +21,6 @@ import re
 import shutil
 import struct
 import sys
-from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +41,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast,
                           Qwen2Config, Qwen2ForCausalLM, WhisperConfig, WhisperFeatureExtractor, WhisperModel)
 
+torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's eval-only kernel rounds otherwise: one path
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -602,9 +602,12 @@ TIME = r"(?:([0-9]+):(?=[0-5]?[0-9](?:[.\s,s]|$)))?([0-9]+(?:\.[0-9]*)?|\.[0-9]+
 SEGMENT = re.compile(rf"\s*{TIME}\s*,\s*{TIME}\s*")
 
 
+REASONS = ("malformed", "reversed", "outside the clip", "too short", "too many turns", "text reasoning", "no room left")
+
+
 def parse_segment(text, duration_s, turns=0, config=Config):
     """The text between <seg> and </seg> -> Segment. Never raises; `reason` is None if it can be heard, else one of
-    malformed, reversed, too short, outside the clip, too many turns (`turns`: how many were heard before)."""
+    the first five REASONS (`turns`: how many were heard before). The last two are given while decoding."""
     match = SEGMENT.fullmatch(text)
     if not match:
         return Segment(text, reason="malformed")
@@ -825,17 +828,14 @@ def grpo_loss(logp, old_logp, ref_logp, advantage, clip=0.2, kl_weight=0.04):
 def listening(responses):
     """What was listened to, over a list of Rollouts; each metric is defined in the README."""
     heard = [r.heard for r in responses]
-    seconds = [[s.end_s - s.start_s for s in h] for h in heard]
-    again = [sum(d) - covered(h) for d, h in zip(seconds, heard)]
-    tags = [s for r in responses for s in r.segments]
-    rejected = Counter(s.reason for s in tags if s.reason)
-    n, total = len(responses), sum(map(sum, seconds))
-    return {"segments": sum(map(len, heard)) / n, "segment_s": total / max(1, sum(map(len, heard))),
-            "overlap": sum(again) / max(total, 1e-9), "listened_once": sum(len(h) >= 1 for h in heard) / n,
+    n, seconds = max(1, len(responses)), sum(s.end_s - s.start_s for h in heard for s in h)
+    tags = [s.reason for r in responses for s in r.segments]
+    return {"segments": sum(map(len, heard)) / n, "segment_s": seconds / max(1, sum(map(len, heard))),
+            "overlap": (seconds - sum(map(covered, heard))) / max(seconds, 1e-9), "listened_once": sum(len(h) >= 1 for h in heard) / n,
             "listened_twice": sum(len(h) >= 2 for h in heard) / n, "length": sum(len(r.logprobs) for r in responses) / n,
             "truncated": sum(r.ended == "length" for r in responses) / n,
             "no_answer": sum(extract_answer(r.text) is None for r in responses) / n,
-            "rejected": {reason: count / len(tags) for reason, count in sorted(rejected.items())}}
+            "rejected": {reason: tags.count(reason) / len(tags) for reason in REASONS if reason in tags}}
 
 
 def covered(segments):
@@ -990,17 +990,19 @@ def read_questions(path, audio_root=None, needs=("answer",)):
 
 
 class Clips:
-    """Waveforms and the spans cut from them, by path: each file is read once, each span encoded once."""
+    """Spans of audio files, each encoded once, by itself: then a run that was killed goes on with the very same numbers."""
 
-    def __init__(self):
-        self.spans = {}
+    def __init__(self, model):
+        self.model, self.spans = model, {}
 
     def span(self, path, start_s=None, end_s=None):
         """The first listen of a clip, or a re-listened segment of it."""
         key = (path, start_s, end_s)
         if key not in self.spans:
-            wave = load_audio(path)
-            self.spans[key] = Span(wave, first_listen=True) if start_s is None else Span(cut(wave, start_s, end_s).clone(), start_s)
+            rate = self.model.config.sample_rate
+            wave = load_audio(path, rate)
+            self.spans[key] = Span(wave, first_listen=True) if start_s is None else Span(cut(wave, start_s, end_s, rate), start_s)
+            self.model.listen([self.spans[key]])
         return self.spans[key]
 
 
@@ -1121,6 +1123,13 @@ class Training:
             torch.distributed.all_reduce(total)
         return total.tolist()
 
+    def mean(self, metrics, n):
+        """The mean of a dict of metrics over all processes, this one's counted n times; shares in `rejected` too."""
+        flat = {k: v for k, v in metrics.items() if k != "rejected"} | {r: metrics.get("rejected", {}).get(r, 0.0) for r in REASONS}
+        total, *values = self.sum(n, *(n * v for v in flat.values()))
+        flat = {k: v / total for k, v in zip(flat, values)}
+        return {k: v for k, v in flat.items() if k not in REASONS} | {"rejected": {r: flat[r] for r in REASONS if flat[r]}}
+
     def backward(self, samples, loss, tokens_per_batch, temperature=1.0):
         """Accumulate the gradient of loss(slice of the trained tokens, logp, entropy), a sum, over micro-batches."""
         batches, done = micro_batches([len(s.ids) for s in samples], tokens_per_batch), 0
@@ -1137,7 +1146,6 @@ class Training:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         return norm.item()
 
 
@@ -1152,8 +1160,7 @@ def evaluate(training, model, questions, reasoning, max_new_tokens, batch=50):
     categories = sorted({q.category for q in questions})
     right = [(q.category, is_right(r.text, q.answer)) for q, r in zip(mine, responses)]
     counts = [sum(ok for c, ok in right if c == category) for category in categories]
-    stats = {k: v for k, v in listening(responses).items() if k != "rejected"} if responses else {}
     total = training.sum(*counts)
     metrics = {"eval_accuracy": sum(total) / len(questions)}
     metrics |= {f"eval_{c}": t / sum(q.category == c for q in questions) for c, t in zip(categories, total)}
-    return metrics | {f"eval_{k}": v for k, v in stats.items()}
+    return metrics | {f"eval_{k}": v for k, v in training.mean(listening(responses), len(responses)).items()}

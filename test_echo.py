@@ -518,7 +518,7 @@ def log_of(folder):
 
 def test_training_scripts(trained):
     log = [e for e in log_of(trained / "runs/rl") if "reward" in e]
-    assert [e["step"] for e in log] == [0, 1, 2]
+    assert [e["step"] for e in log] == [1, 2, 3]
     for entry in log:
         assert {"reward", "format", "consistency", "accuracy", "segment", "flat_groups", "kl", "clip_share", "entropy", "length",
                 "truncated", "segments", "segment_s", "overlap", "rejected", "tokens_per_s", "responses_per_s"} <= set(entry)
@@ -641,14 +641,15 @@ def test_killed_and_run_again_ends_with_the_same_weights(trained, tmp_path):
 
 
 def test_other_settings_do_not_go_on_with_a_run(trained, tmp_path):
-    done = script("train_rl.py", "--model", trained / "runs/sft", "--data", trained / "data/rl.jsonl", "--out", trained / "runs/rl", *RL, "--lr", "1", check=False)
+    done = script("train_rl.py", "--model", trained / "runs/sft", "--data", trained / "data/rl.jsonl", "--test", trained / "data/test.jsonl", "--out", trained / "runs/rl",
+                  *RL, "--lr", "1", check=False)
     assert done.returncode == 2 and "was begun with lr" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["train_sft.py", "train_rl.py"])
 def test_two_processes_equal_one(trained, tmp_path, name):
     """The same global batch on one and on two gloo processes: the same logged loss and the same weights."""
-    base = {"train_sft.py": ["--data", trained / "data/sft.jsonl", "--clips", trained / "data/clips.jsonl", "--test", "none", "--stage", "sft", *TINY, "--sft-steps", 2],
+    base = {"train_sft.py": ["--data", trained / "data/sft.jsonl", "--clips", trained / "data/clips.jsonl", "--test", "none", "--stage", "sft", *TINY, "--sft-steps", 1],
             "train_rl.py": ["--model", trained / "runs/sft", "--data", trained / "data/rl.jsonl", "--test", "none", *RL, "--steps", 1, "--questions", 4]}[name]
     outs = []
     for n in (1, 2):
@@ -907,7 +908,7 @@ def decoding_speed(model, questions):
 
 
 def training_speed(model, questions):
-    samples = [train_sft.add_grounded(model, model.prompt(load_audio(q.path), q.question, q.choices), q.row["cot"], q.path, echo.Clips(), True)
+    samples = [train_sft.add_grounded(model, model.prompt(load_audio(q.path), q.question, q.choices), q.row["cot"], q.path, echo.Clips(model), True)
                for q in questions]
     with torch.no_grad():
         model.embed(model.collate(samples)[0], model.collate(samples)[3])  # the encoder's tokens are cached, as in training

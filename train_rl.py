@@ -104,15 +104,11 @@ def grpo_step(training, policy, reference, questions, settings):
     n = len(responses)
     means = {"reward": rewards.mean().item(), **{k: sum(p[k] for p in parts) / n for k in parts[0]},
              "right": sum(is_right(r.text, a) for r, a in zip(responses, answers)) / n,
-             "flat_groups": (rewards.std(1) < 1e-6).float().mean().item()}
-    stats = listening(responses)
-    rejected = stats.pop("rejected")
-    means |= stats
-    total = training.sum(1, *means.values())
-    means = {k: v / total[0] for k, v in zip(means, total[1:])}
+             "flat_groups": (rewards.std(1) < 1e-6).float().mean().item(), **listening(responses)}
+    means = training.mean(means, n)
     seconds, tokens = time.time() - began, sum(len(r.logprobs) for r in responses)
     speed = training.sum(n / seconds, tokens / seconds)
-    training.log(**means, **metrics, rejected=rejected, responses_per_s=speed[0], tokens_per_s=speed[1],
+    training.log(**means, **metrics, responses_per_s=speed[0], tokens_per_s=speed[1],
                  decoding_share=(decoded - began) / seconds)
 
 
@@ -120,7 +116,6 @@ def update_policy(training, policy, reference, responses, advantages, settings):
     """`mini_batches` updates on the responses of one step; returns the means of what was seen on the way."""
     seen = torch.zeros(5, dtype=torch.float64)
     factor = linear_schedule(training.step, settings.steps, settings.warmup, final=0.1)
-    step = training.step
     for part in torch.arange(len(responses)).chunk(settings.mini_batches):
         samples = [responses[i].sample for i in part]
         lengths = torch.tensor([sum(s.trained) for s in samples])
@@ -138,8 +133,7 @@ def update_policy(training, policy, reference, responses, advantages, settings):
             return value
         training.backward(samples, loss, settings.tokens_per_batch, settings.temperature)
         training.update(settings.lr * factor)
-        training.step = step
-    training.step = step + 1
+    training.step += 1
     names = ("loss", "kl", "clip_share", "entropy", "logp_gap")
     return dict(zip(names, [x / settings.mini_batches for x in training.sum(*seen)]))
 

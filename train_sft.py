@@ -135,6 +135,7 @@ def train_encoder(training, detector, clips, settings):
         loss = sum(detection_loss(x, y) / n for x, y, n in zip(logits, labels, counts))
         (loss * training.world).backward()
         training.update(settings.encoder_lr * linear_schedule(step, settings.encoder_steps, int(settings.warmup * settings.encoder_steps)))
+        training.step += 1
         right = training.sum(loss.item(), *((x[0].argmax(1) == y[0]).sum() for x, y in zip(logits, labels)))
         if training.step % settings.log_every == 0:
             training.log(loss=right[0], frames_right=right[1] / counts[0], thumbnails_right=right[2] / counts[1])
@@ -268,6 +269,7 @@ def fit(training, model, draw, n_rows, batch, rate, settings, desc):
             return -logp.sum() / n_tokens
         training.backward(samples, loss, settings.tokens_per_batch)
         training.update(lr)
+        training.step += 1
         total, start = training.sum(*seen)
         if n_starts:
             training.state["start_loss"] = 0.97 * training.state.get("start_loss", 3.0) + 0.03 * start / n_starts
@@ -339,7 +341,7 @@ def run_stage(stage, settings, device, rank, world):
         set_trainable(model, "projector" if stage == "projector" else settings.train)
         if settings.checkpointing:
             model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
-        training, clips = Training(folder, model, fixed_here, device, rank, world), Clips()
+        training, clips = Training(folder, model, fixed_here, device, rank, world), Clips(model)
         train_text(stage, training, model, clip_rows, clips, settings)
         training.save()
     if rank == 0:
