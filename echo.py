@@ -11,7 +11,6 @@ Read from top to bottom:
 The scripts make_data.py, train_sft.py, train_rl.py and generate.py hold only their loops.
 """
 import argparse
-import copy
 import dataclasses
 import inspect
 import json
@@ -38,7 +37,7 @@ from tqdm import tqdm
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast,
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast,
                           Qwen2Config, Qwen2ForCausalLM, WhisperConfig, WhisperFeatureExtractor, WhisperModel)
 
 torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's eval-only kernel rounds otherwise: one path

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-import torch
 import torchaudio
 from tqdm import tqdm
 

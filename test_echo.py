@@ -217,8 +217,6 @@ class Scripted:
 
     def __init__(self, monkeypatch, model, texts):
         self.ids = [model.tokenizer(t, add_special_tokens=False).input_ids + [model.tokenizer.eos_token_id] for t in texts]
-        real = echo.sample_tokens
-
         def sample_tokens(model, hidden, rows, running, draws, temperature):
             logp = model.log_softmax(hidden, temperature or 1.0)
             for k, i in enumerate(running):
@@ -384,7 +382,7 @@ def test_no_gradient_at_audio_and_some_at_eos(model):
     assert not trained & audio and len(sample.ids) - 1 in trained and sample.ids[-1] in model.eos_ids
     ids, position, mask, spans = model.collate([sample])
     hidden = model.hidden(ids, position, mask, spans).detach().requires_grad_()
-    keep, model.hidden = model.hidden, lambda *a: hidden
+    model.hidden = lambda *a: hidden
     try:
         (-model([sample])[0].mean()).backward()
     finally:
@@ -725,7 +723,6 @@ def test_pretrained_decoder(qwen, monkeypatch):
 @pytest.mark.parametrize("rate", [None, 2.0])
 def test_whisper_encoder(whisper, rate):
     """Windows of 30 s, padding cut away, 25 tokens a second; a batch equals one by one."""
-    rows = [r for r in ["two"]]
     torch.manual_seed(0)
     model = build(Config(**{**MICRO, "encoder": str(whisper)}, first_listen_rate=rate), ["two three"] * 3).eval()
     waves = [noise(s, i) for i, s in enumerate((0.2, 3.0, 31.0))]
