@@ -784,8 +784,8 @@ def browser(tmp_path_factory):
     port = random.randrange(20_000, 40_000)
     driver = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    def post(path, body):
-        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    def post(path, body, method="POST"):
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}, method=method)
         return json.load(urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60))["value"]
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
              "--disable-component-update", "--autoplay-policy=no-user-gesture-required", f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]
@@ -802,6 +802,7 @@ def browser(tmp_path_factory):
         time.sleep(seconds)
         return post(session + "/execute/sync", {"script": "return " + result, "args": []})
     yield open_page
+    post(session, {}, "DELETE")
     driver.terminate()
 
 
@@ -915,7 +916,57 @@ def training_speed(model, questions):
     print(f"a training step of {mask.sum()} tokens against a bare forward and backward of the decoder: {bare / ours:.2f} times its speed")
 
 
+def memory_by_part(config, tokens, rows=0, length=0, bytes_weight=4, bytes_activation=4, checkpointing=False, logits=512):
+    """Gigabytes of a GRPO step by part, from the shapes of a Qwen2 config; the formulas of the README's table."""
+    d, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    kv = config.num_key_value_heads * d // config.num_attention_heads
+    n = config.vocab_size * d * (1 if config.tie_word_embeddings else 2) + d
+    n += layers * (2 * d * d + 2 * d * kv + 3 * d * inner + 3 * d + 2 * kv)
+    layer = 12 * d + 2 * kv + 4 * inner  # kept for the backward pass: numbers a token and layer
+    parts = {"parameters (millions)": n / 1e6 * 1e9, "weights": 4 * n, "gradients": 4 * n, "AdamW": 8 * n, "reference policy": bytes_weight * n,
+             "bf16 copies": 0 if bytes_activation == 4 else 2 * n,
+             "activations": bytes_activation * tokens * (layers * d + layer if checkpointing else layers * layer),
+             "logits, 512 positions": 3 * 4 * min(logits, tokens) * config.vocab_size,
+             "KV cache of the rollout": rows * length * 2 * kv * layers * bytes_activation}
+    return {k: v / 1e9 for k, v in parts.items()}
+
+
+def memory_check():
+    """Peak memory of a GRPO update of a mid-size decoder on this CPU against the formula."""
+    import resource
+
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    shape = Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+                        vocab_size=151_936, tie_word_embeddings=True)
+    for checkpointing, tokens in ((True, 16_384), (False, 4096)):
+        print(f"Qwen2.5-0.5B on one GPU, {tokens} tokens a micro-batch, gradient checkpointing {checkpointing}, 512 rollouts of 1,000 tokens:",
+              {k: round(v, 2) for k, v in memory_by_part(shape, tokens, 512, 1000, 2, 2, checkpointing).items()})
+    small = Qwen2Config(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2,
+                        vocab_size=32_000, tie_word_embeddings=True)
+    toy = load("runs/sft")
+    before = peak()
+    model = Echo(toy.config, toy.encoder, Qwen2ForCausalLM(small), toy.tokenizer)
+    model.encoder.requires_grad_(False)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    wave = load_audio("data/audio/test/00000.wav")
+    samples = [model.add_response(model.prompt(Span(wave, first_listen=True), "What? " * 100, []), " the hum" * 100) for _ in range(8)]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    for _ in range(2):
+        ref = reference.log_probs(samples)
+        logp, _ = model(samples)
+        grpo_loss(logp, logp.detach(), ref, torch.ones_like(logp))[0].mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tokens = sum(len(s.ids) for s in samples)
+    want = memory_by_part(small, tokens)
+    total = sum(v for k, v in want.items() if "millions" not in k)
+    print(f"a decoder of {want['parameters (millions)']:.0f} million parameters, {tokens} tokens, on CPU: formula {total:.2f} GB, "
+          f"measured peak {peak() - before:.2f} GB over what was there before; {({k: round(v, 2) for k, v in want.items()})}")
+
+
 if __name__ == "__main__":
+    memory_check()
     trained_model = load("runs/rl")
     decoding_speed(trained_model, echo.read_questions("data/test.jsonl")[:8])
     training_speed(trained_model.train(), echo.read_questions("data/sft.jsonl")[:32])
