@@ -295,7 +295,7 @@ class Sample:
     """The one representation of a text with audio in it: a flat list of ids in which each audio token is a placeholder."""
     ids: list = field(default_factory=list)
     trained: list = field(default_factory=list)  # is the id at this position to be learned?
-    advance: list = field(default_factory=list)  # by how much the position grows at this id
+    position: list = field(default_factory=list)  # position ids; not always 0, 1, 2, ...: see add_span
     spans: list = field(default_factory=list)    # (index of the first placeholder, Span), in order
 
     def copy(self):
@@ -339,19 +339,19 @@ class Echo(nn.Module):
         return self.add_ids(sample, ids, trained)
 
     def add_ids(self, sample, ids, trained=False):
+        first = sample.position[-1] + 1 if sample.ids else 0
         sample.ids += ids
         sample.trained += [trained] * len(ids)
-        sample.advance += [1] * len(ids)
+        sample.position += range(first, first + len(ids))
         return sample
 
     def add_span(self, sample, span):
         """Append placeholders for a span. All tokens of a re-listened segment share one position (share_position)."""
         n = self.encoder.n_tokens(span.n_samples, span.first_listen)
-        share = self.config.share_position and not span.first_listen
         sample.spans.append((len(sample.ids), span))
-        sample.ids += [self.audio_id] * n
-        sample.trained += [False] * n
-        sample.advance += [1] + [0 if share else 1] * (n - 1)
+        self.add_ids(sample, [self.audio_id] * n)
+        if self.config.share_position and not span.first_listen:
+            sample.position[-n:] = [sample.position[-n]] * n
         return sample
 
     def prompt(self, audio, question, choices=()):
@@ -388,15 +388,14 @@ class Echo(nn.Module):
         """The ids of each sample from index `since` on, as one padded batch: tensors of shape (B, T)."""
         since = since or [0] * len(samples)
         width = max(len(s.ids) - k for s, k in zip(samples, since))
-        ids, position, real = (torch.zeros(len(samples), width, dtype=torch.long) for _ in range(3))
-        spans = []
-        for row, (s, k) in enumerate(zip(samples, since)):
-            n = len(s.ids) - k
-            place = slice(width - n, width) if left else slice(0, n)
-            ids[row, place] = torch.tensor(s.ids[k:], dtype=torch.long)
-            position[row, place] = (torch.tensor(s.advance, dtype=torch.long).cumsum(0) - 1)[k:]
-            real[row, place] = 1
-            spans += [span for at, span in s.spans if at >= k]
+
+        def pad(values):
+            fill = [0] * (width - len(values))
+            return fill + values if left else values + fill
+        ids = torch.tensor([pad(s.ids[k:]) for s, k in zip(samples, since)])
+        position = torch.tensor([pad(s.position[k:]) for s, k in zip(samples, since)])
+        real = torch.tensor([pad([1] * (len(s.ids) - k)) for s, k in zip(samples, since)])
+        spans = [span for s, k in zip(samples, since) for at, span in s.spans if at >= k]
         return ids.to(self.device), position.to(self.device), real.to(self.device), spans
 
     def embed(self, ids, spans):
@@ -676,19 +675,18 @@ def rollouts(model, prompts, waves, group=1, reasoning="interleaved", temperatur
                 watch(i, token, rows[i].segments[-1] if token == model.seg_end_id else None)
         running = [i for i in running if not rows[i].ended and i not in waiting]
         if not running:
-            running, waiting = waiting, []
+            running, waiting = sorted(waiting), []
         if not running:
             break
-        alive = set(running + waiting)
+        now, alive = set(running), set(running + waiting)
         if len(alive) <= len(batch) // 2:                         # drop ended rows from the cache
             keep = torch.tensor([k for k, i in enumerate(batch) if i in alive], device=mask.device)
             cache.batch_select_indices(keep)
             mask, batch = mask[keep], [i for i in batch if i in alive]
-        since = [cached[i] if i in running else len(rows[i].sample.ids) for i in batch]
+        since = [cached[i] if i in now else len(rows[i].sample.ids) for i in batch]
         ids, position, real, spans = model.collate([rows[i].sample for i in batch], since, left=True)
         mask = torch.cat([mask, real], 1)
-        at = [batch.index(i) for i in running]
-        hidden = model.hidden(ids, position, mask, spans, cache)[at, -1]
+        hidden = model.hidden(ids, position, mask, spans, cache)[[k for k, i in enumerate(batch) if i in now], -1]
         for i in running:
             cached[i] = len(rows[i].sample.ids)
     for r in rows:
@@ -701,7 +699,7 @@ def sample_tokens(model, hidden, rows, running, draws, temperature):
     logp = model.log_softmax(hidden, temperature or 1.0)                                 # (rows, V)
     if temperature:
         cdf = logp.exp().cumsum(-1)
-        u = torch.stack([draws[i, len(rows[i].logprobs)] for i in running]).to(cdf) * cdf[:, -1]
+        u = draws[running, [len(rows[i].logprobs) for i in running]].to(cdf) * cdf[:, -1]
         token = torch.searchsorted(cdf, u[:, None], right=True).clamp_max(cdf.shape[1] - 1)
     else:
         token = logp.argmax(-1, keepdim=True)
