@@ -1058,7 +1058,8 @@ class Training:
     """Optimiser, log and saves of one training, which may be killed at any moment and run again.
 
     All randomness of a training is drawn from (seed, step), so step, weights and optimiser are all there is to save.
-    `state` is a dict of numbers that the loop wants saved too. `sample_loss` runs under torchrun on every process.
+    `state` is a dict of numbers that the loop wants saved too; `settings` a dict, the same when a run goes on.
+    Under torchrun every process holds one; `rank` of `world`.
     """
     def __init__(self, folder, module, settings, device, rank=0, world=1, betas=(0.9, 0.95)):
         self.folder, self.module, self.rank, self.world = Path(folder), module, rank, world
@@ -1138,19 +1139,21 @@ class Training:
             done += len(logp)
 
     def update(self, lr, clip=1.0):
+        """One step of the optimiser on the clipped gradient."""
         norm = nn.utils.clip_grad_norm_(self.parameters, clip)
+        if not norm.isfinite():
+            raise EchoError(f"{self.folder}, step {self.step}: the gradient is not finite; the last save is good, go on from it with a lower learning rate in another --out")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.item()
 
 
 def evaluate(training, model, questions, reasoning, max_new_tokens, batch=50):
     """Greedy accuracy, by category too, and what was listened to; split over the processes. Returns metrics to log."""
     mine, responses = questions[training.rank::training.world], []
     model.eval()
-    for at in range(0, len(mine), batch):
+    for at in tqdm(range(0, len(mine), batch), desc="evaluation", leave=False, disable=training.rank > 0):
         waves = [load_audio(q.path, model.config.sample_rate) for q in mine[at:at + batch]]
         prompts = [model.prompt(w, q.question, q.choices) for w, q in zip(waves, mine[at:at + batch])]
         responses += rollouts(model, prompts, waves, 1, reasoning, 0.0, max_new_tokens)
