@@ -1,6 +1,6 @@
 """Make the toy world: clips with known events, and the paper's structured data pipeline on top of them.
 
-    python make_data.py                      # data/: 2,600 clips as 16-bit WAV, 500 MB, under a minute
+    python make_data.py                      # data/: 2,600 clips as 16-bit WAV, 500 MB, 22 seconds
 
 The pipeline has the paper's shape. A generator knows the true events of a clip and writes
     A1 description  A2 speech  A3 music  A4 timestamped events  A5 duration          -> clips.jsonl
