@@ -257,11 +257,12 @@ def spectrogram_png(wave, sample_rate, columns=600):
             + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
-def chart(series, x_label, y_max=None, width=520, height=190):
+def chart(series, x_label, width=520, height=190):
     """An SVG line chart; series: (name, colour, [(x, y), ...], dashed)."""
     points = [p for _, _, line, _ in series for p in line] or [(0, 0)]
     x0, x1 = min(x for x, _ in points), max(max(x for x, _ in points), min(x for x, _ in points) + 1)
-    y0, y1 = min(0.0, min(y for _, y in points)), y_max or max(max(y for _, y in points) * 1.05, 1e-6)
+    lowest, highest = min(y for _, y in points), max(y for _, y in points)
+    y0, y1 = min(0.0, lowest), highest * 1.05 if highest > 0 else 0.0 if lowest < 0 else 1.0
     at = lambda x, y: (40 + (x - x0) / (x1 - x0) * (width - 50), height - 24 - (y - y0) / (y1 - y0) * (height - 46))
     out = [f'<svg viewBox="0 0 {width} {height}" role="img">']
     for y in (y0, (y0 + y1) / 2, y1):
@@ -271,7 +272,7 @@ def chart(series, x_label, y_max=None, width=520, height=190):
         d = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in (at(x, y) for x, y in line)) if line else ""
         dashes = 'stroke-dasharray="5 4"' if dashed else ""
         out.append(f'<path d="{d}" fill="none" stroke="{colour}" stroke-width="2" {dashes}/>'
-                   f'<text x="{44 + 160 * i}" y="13" style="fill:{colour}">{escape(name)}</text>')
+                   f'<text x="{44 + width // 3.3 * i:.0f}" y="13" style="fill:{colour}">{escape(name)}</text>')
     return "".join(out) + "</svg>"
 
 
@@ -359,7 +360,7 @@ def report_page(folder, against=None):
             if (stage / "log.jsonl").is_file():
                 stages.append((f"Before it: {stage.name}", {stage.name: [json.loads(x) for x in (stage / "log.jsonl").read_text().splitlines()]}))
     for title, some in stages:
-        names = dict.fromkeys(k for log in some.values() for entry in log for k in entry if k not in ("step", "rejected"))
+        names = dict.fromkeys(k for log in some.values() for entry in log for k in entry if k != "step" and not k.endswith("rejected"))
         reasons = sorted({r for log in some.values() for entry in log for r in entry.get("rejected", {})})
         cards = []
         for metric in [*names, *(f"rejected: {r}" for r in reasons)]:
@@ -367,7 +368,7 @@ def report_page(folder, against=None):
             series = [(name, COLOURS[i], [(e["step"], value(e)) for e in log if isinstance(value(e), (int, float))], i > 0)
                       for i, (name, log) in enumerate(some.items())]
             plain = metric.split(":")[0].removeprefix("eval_")
-            cards.append(f"<div><b>{escape(metric)}</b>{chart(series, 'step')}<p>{escape(meaning.get(metric, meaning.get(plain, '')))}</p></div>")
+            cards.append(f"<div><b>{escape(metric)}</b>{chart(series, 'step', 320, 150)}<p>{escape(meaning.get(metric, meaning.get(plain, '')))}</p></div>")
         body += f"<h2>{escape(title)}</h2>" * bool(title) + f'<div class="grid">{"".join(cards)}</div>'
     page(runs[0] / "report.html", f"Echo: {runs[0].name}", f"<h1>How {escape(' and '.join(logs))} learned</h1>{body}")
 
