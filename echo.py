@@ -1048,7 +1048,8 @@ def finished(folder, settings, retrain, rank, world):
         torch.distributed.barrier()
     if not (folder / "model" / "echo.json").is_file():
         return False
-    same_settings(folder, json.loads((folder / "settings.json").read_text()), settings)
+    begun = folder / "settings.json"
+    same_settings(folder, json.loads(begun.read_text()) if begun.is_file() else {}, settings)
     if rank == 0:
         print(f"{folder}: already trained (--retrain trains it again)")
     return True
@@ -1099,7 +1100,7 @@ class Training:
 
     def log(self, **metrics):
         """One line for people and one JSON line; rank 0 alone."""
-        metrics = {k: round(v, 5) if isinstance(v, float) else v for k, v in {"step": self.step, **metrics}.items()}
+        metrics = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in {"step": self.step, **metrics}.items()}
         if self.rank == 0:
             show = lambda v: f"{v:.3g}" if isinstance(v, float) else json.dumps(v) if isinstance(v, dict) else v
             tqdm.write("  ".join(f"{k} {show(v)}" for k, v in metrics.items()))
