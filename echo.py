@@ -493,7 +493,7 @@ def tiny_decoder(config, vocab_size):
     What a pretrained decoder has anyway, this one starts with: layer 0 looks at the tokens just before (equal biases
     of q and k are, under RoPE, a local kernel), layer 1 at distant tokens that look alike (q = k, and biases that
     push nearby tokens away), and both copy what they look at (o = v^T). Finding a sound by its name then takes
-    1,200 steps instead of 3,800.
+    about half the steps (one seed each: 1,180 against 2,280).
     """
     decoder = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=vocab_size, hidden_size=config.dim, intermediate_size=2 * config.dim, num_hidden_layers=config.layers,
