@@ -1,14 +1,23 @@
 """Echo in one file: an audio language model that listens again while it reasons (arXiv 2602.11909).
 
-The model hears a clip once, as a coarse first listen, and reasons in text. Whenever it has written
-    <seg>s, e</seg>
-decoding pauses, seconds s to e are cut from the ORIGINAL waveform, encoded at the full rate, appended to
-the context, and decoding goes on. SFT teaches it to point at segments; GRPO teaches it to gain from them.
+The whole method, A being a clip and q a question about it:
 
-Read from top to bottom:
-    1 settings   2 audio   3 audio encoder   4 the model   5 segment tags   6 interleaved decoding
-    7 rewards and GRPO   8 checkpoints   9 rows of data   10 a training run
-The scripts make_data.py, train_sft.py, train_rl.py and generate.py hold only their loops.
+    x = prompt(A, q)                               # the clip, heard once, and the question
+    until the response o ends with eos:
+        o += sample(policy(x + o))                 # one token of text
+        if o closes <seg>s, e</seg>:
+            o += enc(A[s:e])                       # hear that part of the ORIGINAL waveform again
+    R     = format + consistency + accuracy + segment          # the four rewards of a response
+    adv   = (R - mean R) / std R                               # within the group of one question
+    ratio = p(o) / p_old(o)                                    # of each token of text; audio has none
+    loss  = -min(ratio adv, clip(ratio) adv) + kl_weight k3    # GRPO, arXiv 2402.03300
+
+Stage 1, SFT (train_sft.py), teaches to write tags, from text alone; stage 2, GRPO (train_rl.py),
+teaches to gain from what they bring. Read from the top:
+
+    1 settings   2 segment tags   3 text and audio in one sequence   4 audio encoder   5 the model
+    6 interleaved decoding   7 the four rewards   8 GRPO            -- the method ends here --
+    9 pretrained parts, save and load   10 audio files and rows of data   11 flags, runs, processes
 """
 import argparse
 import dataclasses
@@ -20,7 +29,6 @@ import re
 import shutil
 import struct
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,32 +38,25 @@ import torch.nn.functional as F
 import torchaudio
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast,
-                          Qwen2Config, Qwen2ForCausalLM, WhisperConfig, WhisperFeatureExtractor, WhisperModel)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache,
+                          PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor,
+                          WhisperModel)
 
-torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's eval-only kernel rounds otherwise: one path
+torch.backends.mha.set_fastpath_enabled(False)  # its eval-only kernel rounds otherwise: one path
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-# ============================================================================================== 1 settings
-
-AUDIO = "<|audio|>"  # placeholder id: one per audio token, its embedding comes from the encoder
-TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<seg>", "</seg>")
-PAPER_PROMPT = ("{question} Choose the answer from {choices}. Think step-by-step. Refer to the specific audio segments "
-                "while thinking, and indicate the corresponding timestamps. Answer in the format of "
-                "<think>...</think><answer>...</answer>.")
-
+# ================================================================================== 1 settings
 
 class EchoError(Exception):
-    """A mistake that the user can mend. Says what was wrong, where, and what to do, in one line."""
+    """A mistake that the user can mend: what was wrong, where, and what to do, in one line."""
 
 
 @dataclass
@@ -63,47 +64,986 @@ class Config:
     """What a model is; saved with every checkpoint. The defaults are the toy's."""
     sample_rate: int = 16_000
     n_mels: int = 40
-    window_length: int = 400                # samples, 25 ms
-    hop_length: int = 160                   # samples, 10 ms
-    first_listen_rate: float | None = 2.0   # audio tokens a second in the first listen; None: the full rate (the paper)
-    share_position: bool = True             # all tokens of a re-listened segment at one position; False: one each
-    min_segment_s: float = 0.2              # shorter segments are not heard; the one minimum, in training and in use
-    max_turns: int = 8                      # segments heard in one response
-    encoder: str = "small"                  # or a Whisper checkpoint: a name or a local folder
+    window_length: int = 400        # samples, 25 ms
+    hop_length: int = 160           # samples, 10 ms
+    first_listen_rate: float = 2.0  # audio tokens a second in the first listen; 0: the full rate
+    share_position: bool = True     # a re-listened segment takes one position; False: one a token
+    min_segment_s: float = 0.2      # the one minimum, in training and in use, as in the paper
+    max_segment_s: float = 30.0
+    end_slack_s: float = 0.1        # an end this far past the clip is taken as the clip's end
+    max_turns: int = 8              # segments heard in one response, as in the paper
+    max_new_tokens: int = 100       # sampled tokens of a response
+    encoder: str = "small"          # or a Whisper checkpoint: a name or a local folder
     encoder_dim: int = 96
     encoder_layers: int = 2
     encoder_heads: int = 4
-    decoder: str = "tiny"                   # or a Qwen2 checkpoint: a name or a local folder
+    decoder: str = "tiny"           # or a Qwen2 checkpoint: a name or a local folder
     dim: int = 128
     layers: int = 4
-    heads: int = 8
-    prompt: str = "{question} Choose from {choices}."  # the toy's, short; a pretrained decoder gets PAPER_PROMPT
+    heads: int = 4
+    prompt: str = "{question} Choose from {choices}."
 
+
+# ================================================================================== 2 segment tags
+
+@dataclass
+class Segment:
+    """What a pair of tags asked for, and what came of it. `reason` says why it was not heard."""
+    text: str
+    start_s: float | None = None
+    end_s: float | None = None
+    heard: bool = False
+    reason: str | None = None
+
+
+REASONS = ("malformed", "reversed", "outside the clip", "too short", "too long", "too many turns",
+           "text reasoning", "no room left")
+SECONDS = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*s?"            # 2   2.5   .5   2.5s   2.5 s
+TIME = rf"(?:([0-9]+):(?=[0-5]?[0-9](?:[.\s,s]|$)))?{SECONDS}"  # also 1:02.5, minutes and seconds
+SEGMENT = re.compile(rf"\s*{TIME}\s*,\s*{TIME}\s*")
+
+
+def split_segments(text):
+    """Take a text apart at its closed tags: [(text before <seg>, text inside), ...], the rest.
+
+    Inside is None for a </seg> without a <seg> of its own.
+    """
+    *parts, rest = text.split("</seg>")
+    pairs = []
+    for part in parts:
+        before, tag, inside = part.rpartition("<seg>")
+        pairs.append((before, inside) if tag else (part, None))
+    return pairs, rest
+
+
+def parse_segment(inside, duration_s, turns=0, config=Config):
+    """The text between <seg> and </seg> -> Segment; never raises.
+
+    `reason` is None if the segment can be heard, else one of the first six REASONS; `turns` is how
+    many were heard before.
+    """
+    match = SEGMENT.fullmatch(inside or "")
+    if not match:
+        return Segment("</seg> without <seg>" if inside is None else inside, reason="malformed")
+    start_min, start, end_min, end = (float(x or 0) for x in match.groups())
+    start_s, end_s = 60 * start_min + start, 60 * end_min + end
+    if duration_s < end_s <= duration_s + config.end_slack_s:
+        end_s = duration_s
+    reason, tiny = None, 1e-6
+    if end_s < start_s:
+        reason = "reversed"
+    elif end_s > duration_s:
+        reason = "outside the clip"
+    elif end_s - start_s < config.min_segment_s - tiny:
+        reason = "too short"
+    elif end_s - start_s > config.max_segment_s + tiny:
+        reason = "too long"
+    elif turns >= config.max_turns:
+        reason = "too many turns"
+    return Segment(inside, start_s, end_s, reason=reason)
+
+
+# ================================================================== 3 text and audio in one sequence
+
+AUDIO = -1  # stands in the ids where an audio token does; no id of any vocabulary
+
+
+@dataclass
+class Sample:
+    """Text and audio as one sequence: the input of SFT, of a rollout and of its update."""
+    ids: list = field(default_factory=list)       # token ids, AUDIO for each audio token
+    trained: list = field(default_factory=list)   # is this id to be learned? never for AUDIO
+    position: list = field(default_factory=list)  # position ids, not always 0, 1, 2, ...
+    audio: list = field(default_factory=list)     # features (n, encoder dim), filling AUDIO in order
+
+    def copy(self):
+        return Sample(*(list(getattr(self, f.name)) for f in dataclasses.fields(self)))
+
+    def add(self, ids, trained=False):
+        first = self.position[-1] + 1 if self.ids else 0
+        self.ids += ids
+        self.trained += [trained] * len(ids)
+        self.position += range(first, first + len(ids))
+        return self
+
+    def add_audio(self, features, share_position=False):
+        """Append an audio token for each row of `features`; they may share one position."""
+        n = len(features)
+        self.add([AUDIO] * n)
+        if share_position:
+            self.position[-n:] = [self.position[-n]] * n
+        self.audio.append(features)
+        return self
+
+
+# ================================================================================== 4 audio encoder
+#
+# The interface, for an encoder of your own: `TOKENS_PER_SECOND`, `dim`, and
+# forward(waves: list of (N_i,), first_listen: bool) -> list of (n_i, dim), where a waveform gives
+# the same tokens alone and in a batch.
+
+class SmallEncoder(nn.Module):
+    """Log-mel, two strided convolutions (100 frames a second -> 25 tokens), transformer layers.
+
+    The first listen is a thumbnail: mel POWER is averaged over 1 / first_listen_rate seconds before
+    the encoder sees it, one token for each average. What changes within one is not there to be read.
+    """
+    TOKENS_PER_SECOND = 25
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.dim = config, config.encoder_dim
+        self.mel = torchaudio.transforms.MelSpectrogram(
+            config.sample_rate, config.window_length, config.window_length, config.hop_length,
+            n_mels=config.n_mels, center=False)
+        self.conv1 = nn.Conv1d(config.n_mels, self.dim, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv1d(self.dim, self.dim, 3, stride=2, padding=1)
+        layer = nn.TransformerEncoderLayer(
+            self.dim, config.encoder_heads, 2 * self.dim, dropout=0.0, activation=F.gelu,
+            batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, config.encoder_layers, nn.LayerNorm(self.dim),
+                                            enable_nested_tensor=False)
+
+    def log_mel(self, wave, first_listen):
+        """(N,) samples -> (frames, n_mels); frame t is centred on the t-th hop."""
+        hop, window = self.config.hop_length, self.config.window_length
+        n_frames, before = math.ceil(wave.numel() / hop), (window - hop) // 2
+        after = (n_frames - 1) * hop + window - before - wave.numel()
+        mel = self.mel(F.pad(wave, (before, after)))                      # (n_mels, frames)
+        if first_listen and self.config.first_listen_rate:
+            frames = round(self.config.sample_rate / hop / self.config.first_listen_rate)
+            mel = F.avg_pool1d(mel, frames, ceil_mode=True).repeat_interleave(4, 1)
+        return (mel.clamp_min(1e-6).log10() + 2).T
+
+    def forward(self, waves, first_listen):
+        features = [self.log_mel(wave, first_listen) for wave in waves]
+        lengths = torch.tensor([len(f) for f in features], device=features[0].device)
+        x = pad_sequence(features, batch_first=True).transpose(1, 2)      # (B, n_mels, T)
+        for conv in (self.conv1, self.conv2):
+            x, lengths = F.gelu(conv(x)), (lengths + 1) // 2
+            padding = torch.arange(x.shape[2], device=x.device) >= lengths[:, None]  # (B, T)
+            x = x.masked_fill(padding[:, None], 0.0)
+        x = x.transpose(1, 2)                                             # (B, T, dim)
+        x = x + sinusoids(x.shape[1], self.dim, x.device)
+        x = self.layers(x, src_key_padding_mask=padding)
+        return [row[:n] for row, n in zip(x, lengths.tolist())]
+
+
+def sinusoids(length, dim, device):
+    """(length, dim) sine and cosine positions."""
+    rate = 10_000 ** (-torch.arange(0, dim, 2, device=device) / dim)
+    angle = torch.arange(length, device=device)[:, None] * rate
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class WhisperEncoder(nn.Module):
+    """The encoder of a Whisper checkpoint, pooled to 25 tokens a second.
+
+    It works in windows of 30 s, padded as it was trained, and the padding's tokens are cut away. A
+    first listen with a rate of its own is the average of these tokens.
+    """
+    TOKENS_PER_SECOND = 25
+    WINDOWS = 8  # encoded at once
+
+    def __init__(self, config, whisper, extractor):
+        super().__init__()
+        self.config, self.whisper, self.extractor = config, whisper, extractor
+        self.dim = whisper.config.d_model
+
+    def encode(self, windows):
+        """List of (N_i,), at most 30 s each -> (B, 750, dim)."""
+        inputs = self.extractor([w.cpu().numpy() for w in windows], return_tensors="pt",
+                                sampling_rate=self.config.sample_rate).input_features
+        tokens = self.whisper(inputs.to(windows[0].device)).last_hidden_state   # (B, 1500, dim)
+        return F.avg_pool1d(tokens.transpose(1, 2), 2).transpose(1, 2)          # 50 -> 25 a second
+
+    def forward(self, waves, first_listen):
+        windows = [w for wave in waves for w in wave.split(self.extractor.n_samples)]
+        tokens = []
+        for at in range(0, len(windows), self.WINDOWS):
+            tokens += self.encode(windows[at:at + self.WINDOWS])
+        out, at, config = [], 0, self.config
+        for wave in waves:
+            n = math.ceil(len(wave) / self.extractor.n_samples)
+            seconds = len(wave) / config.sample_rate
+            x = torch.cat(tokens[at:at + n])[:math.ceil(seconds * self.TOKENS_PER_SECOND)]
+            at += n
+            if first_listen and config.first_listen_rate:
+                x = F.adaptive_avg_pool1d(x.T, math.ceil(seconds * config.first_listen_rate)).T
+            out.append(x)
+        return out
+
+
+# ================================================================================== 5 the model
+
+class Echo(nn.Module):
+    """Audio encoder (frozen outside its own training), projector, and a Qwen2 decoder."""
+
+    def __init__(self, config, encoder, decoder, tokenizer):
+        super().__init__()
+        self.config, self.encoder, self.decoder = config, encoder, decoder
+        self.tokenizer, self.bf16, self.pieces = tokenizer, False, {}
+        self.projector = nn.Linear(encoder.dim, decoder.config.hidden_size)
+        stop = getattr(decoder.generation_config, "eos_token_id", None) or []
+        self.eos_ids = {tokenizer.eos_token_id, *([stop] if isinstance(stop, int) else stop)}
+
+    @property
+    def device(self):
+        return self.projector.weight.device
+
+    def autocast(self):
+        """bf16 arithmetic where set_precision chose it; trained weights stay fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    # ---------------------------------------------------------------- text and audio -> Sample
+
+    def ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def piece(self, token):
+        """The text of one token."""
+        if token not in self.pieces:
+            self.pieces[token] = self.tokenizer.decode([token])
+        return self.pieces[token]
+
+    @torch.no_grad()
+    def hear(self, waves, first_listen=False):
+        """Waveforms (N_i,) -> features (n_i, encoder dim)."""
+        return self.encoder([w.to(self.device) for w in waves], first_listen)
+
+    def prompt(self, features, question, choices=()):
+        """What a response continues: the first listen, its times as text, and the question.
+
+            [audio]0.0[audio]0.5[audio]1.0 ... How many pulses has the hum? Choose from ...
+
+        features: the clip's first listen, or None for a question without a clip. At the full rate a
+        time stands after the first token of each second.
+        """
+        sample, rate = Sample(), self.config.first_listen_rate or self.encoder.TOKENS_PER_SECOND
+        every = 1 if self.config.first_listen_rate else self.encoder.TOKENS_PER_SECOND
+        for i, token in enumerate(features if features is not None else ()):
+            sample.add_audio(token[None])
+            if i % every == 0:
+                sample.add(self.ids(f"{i / rate:.1f}"))
+        if choices:
+            question = self.config.prompt.format(question=question, choices=", ".join(choices))
+        return sample.add(self.ids(f" {question}\n"))
+
+    def add_response(self, sample, text):
+        """Append a whole response to learn, with eos."""
+        return sample.add(self.ids(text) + [self.tokenizer.eos_token_id], trained=True)
+
+    # ---------------------------------------------------------------- Samples -> log-probs
+
+    def tensors(self, samples, since=None):
+        """The ids of each sample from index `since` on, padded on the left, so that the last column
+        is each row's newest: ids, position, mask (B, T), and the audio features (n, encoder dim)."""
+        since = since or [0] * len(samples)
+        ids, position, real, audio = [], [], [], []
+        for s, k in zip(samples, since):
+            ids.append(torch.tensor(s.ids[k:], dtype=torch.long))
+            position.append(torch.tensor(s.position[k:], dtype=torch.long))
+            real.append(torch.ones(len(s.ids) - k, dtype=torch.long))
+            n_audio = s.ids[k:].count(AUDIO)
+            if n_audio:
+                audio.append(torch.cat(s.audio)[-n_audio:])
+        padded = (pad_sequence(x, batch_first=True, padding_side="left").to(self.device)
+                  for x in (ids, position, real))
+        return *padded, torch.cat(audio).to(self.device) if audio else None
+
+    def embed(self, ids, audio):
+        """(B, T) ids -> (B, T, D): token embeddings, the projected audio where ids are AUDIO."""
+        x = self.decoder.get_input_embeddings()(ids.clamp_min(0)).float()
+        if audio is not None:
+            x = x.masked_scatter((ids == AUDIO)[..., None], self.projector(audio).to(x.dtype))
+        return x
+
+    def hidden(self, ids, position, mask, audio, cache=None):
+        """(B, T, D) last hidden states; `mask` (B, cached + T) marks the real tokens."""
+        with self.autocast():
+            return self.decoder.model(
+                inputs_embeds=self.embed(ids, audio), attention_mask=mask, position_ids=position,
+                past_key_values=cache, use_cache=cache is not None).last_hidden_state
+
+    def logits(self, hidden):
+        """(n, D) -> (n, V) in fp32, also under bf16, where logits of 16 to 32 would be 0.125 apart."""
+        with torch.autocast(self.device.type, enabled=False):
+            return F.linear(hidden.float(), self.decoder.lm_head.weight.float())
+
+    def forward(self, samples, temperature=1.0, entropy=False):
+        """Log-probs of every trained token, flat in the order of the samples: (n,); and where asked
+        for, without gradient, the entropy of what was predicted there, in nats: (n,) or None.
+
+        log p(token) = logit - logsumexp, on the positions before trained tokens alone and 512 at a
+        time, with nothing kept: the logits of a batch would be larger than a pretrained decoder.
+        """
+        ids, position, mask, audio = self.tensors(samples)
+        hidden = self.hidden(ids, position, mask, audio)
+        width = ids.shape[1]
+        at = [(row, width - len(s.ids) + t) for row, s in enumerate(samples)
+              for t, trained in enumerate(s.trained) if trained]
+        row, t = torch.tensor(at, device=self.device).T
+        before, token = hidden[row, t - 1] / temperature, ids[row, t]     # (n, D), (n,)
+
+        def head(before, token):
+            logits = self.logits(before)
+            total = logits.logsumexp(-1)
+            logp = logits.gather(1, token[:, None])[:, 0] - total
+            with torch.no_grad():
+                spread = total - (logits.softmax(-1) * logits).sum(-1) if entropy else logp
+            return logp, spread
+        parts = [checkpoint(head, b, k, use_reentrant=False) if len(token) > 512 else head(b, k)
+                 for b, k in zip(before.split(512), token.split(512))]
+        logp, spread = (torch.cat(x) for x in zip(*parts))
+        return logp, spread if entropy else None
+
+    @torch.no_grad()
+    def log_probs(self, samples, temperature=1.0, tokens_per_batch=8192):
+        """forward() without gradient and in micro-batches: a list of (n_i,), one a sample."""
+        out = []
+        for batch in micro_batches(samples, tokens_per_batch):
+            n_trained = [sum(samples[i].trained) for i in batch]
+            out += self([samples[i] for i in batch], temperature)[0].split(n_trained)
+        return out
+
+
+def micro_batches(samples, budget):
+    """Indices of the samples, in order, in batches of at most `budget` padded tokens (or one row)."""
+    batches, longest = [[]], 0
+    for i, sample in enumerate(samples):
+        longest = max(longest, len(sample.ids))
+        if batches[-1] and longest * (len(batches[-1]) + 1) > budget:
+            batches.append([])
+            longest = len(sample.ids)
+        batches[-1].append(i)
+    return batches
+
+
+# ================================================================================== 6 interleaved decoding
+
+@dataclass
+class Rollout:
+    """A response while it is written, and its trace afterwards."""
+    sample: Sample              # the prompt, then sampled ids and inserted audio
+    wave: torch.Tensor          # the original clip, (N,)
+    seed: int = 0               # of this row's draws
+    text: str = ""              # the sampled text, without eos
+    logprobs: list = field(default_factory=list)  # of the sampled ids, at the rollout's temperature
+    segments: list = field(default_factory=list)  # a Segment for each </seg>
+    confidence: float = 0.0     # the policy's probability of the first answer token
+    waiting: bool = False       # for the audio of its last segment
+    ended: str | None = None    # "eos" or "length"
+    n_prompt: int = 0           # length of the prompt in ids
+    cached: int = 0             # so many of its ids are in the KV cache
+    computed: int = 0           # positions computed for it, padding included
+
+    @property
+    def heard(self):
+        return [s for s in self.segments if s.heard]
+
+
+class Cache(DynamicCache):
+    """A KV cache in the dtype of the arithmetic: rotary embedding leaves the keys in fp32."""
+    dtype = torch.float32
+
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys.to(self.dtype), values.to(self.dtype), *args, **kwargs)
+
+
+INSERTS = ("segment", "random", "silence")  # what is heard; the last two are controls
+
+
+@torch.no_grad()
+def rollouts(model, prompts, waves, group=1, reasoning="interleaved", temperature=1.0,
+             max_new_tokens=None, insert="segment", seeds=None, max_rows=512, watch=None):
+    """Decode `group` responses to each prompt: in training, evaluation and use. Returns Rollouts.
+
+    prompts: Samples; waves: their clips, (N,). reasoning "text" hears nothing. temperature 0 is
+    greedy. seeds: one a response, whose draws depend on it alone and not on its neighbours.
+    max_rows: decoded at once. watch(rollout, Segment or None) is called after every token.
+    """
+    n_tokens = max_new_tokens or model.config.max_new_tokens
+    rows = [Rollout(p.copy(), w, n_prompt=len(p.ids)) for p, w in zip(prompts, waves)
+            for _ in range(group)]
+    for row, seed in zip(rows, seeds if seeds is not None else range(len(rows))):
+        row.seed = int(seed)
+    size = max(1, max_rows // group) * group
+    with model.autocast():  # one context: weights are cast once, not at every token
+        for at in range(0, len(rows), size):
+            decode(model, rows[at:at + size], group, reasoning, temperature, n_tokens, insert, watch)
+    return rows
+
+
+def decode(model, batch, group, reasoning, temperature, max_new_tokens, insert, watch):
+    """Write the responses of a batch, all in one KV cache.
+
+    A row that closes a segment waits. Once at least as many rows wait as run, all their segments
+    are encoded together, appended and prefilled: singly, each would cost all rows a pass, and
+    waiting for the last would leave most rows idle.
+    """
+    generators = {}
+    for row in batch:
+        generators[id(row)] = torch.Generator(model.device).manual_seed(row.seed)
+    cache = Cache(config=model.decoder.config)
+    cache.dtype = torch.bfloat16 if model.bf16 else torch.float32
+    ids, position, mask, audio = model.tensors([row.sample for row in batch[::group]])
+    hidden = model.hidden(ids, position, mask, audio, cache)[:, -1]
+    cache.batch_repeat_interleave(group)                     # each prompt is computed once
+    hidden, mask = hidden.repeat_interleave(group, 0), mask.repeat_interleave(group, 0)
+    running, computed = batch, ids.shape[1]
+    while True:
+        for row in batch:
+            row.computed += computed
+        tokens, logprobs = sample_tokens(
+            model, hidden, temperature, [generators[id(row)] for row in running])
+        for row, token, logp in zip(running, tokens, logprobs):
+            row.cached = len(row.sample.ids)
+            segment = add_token(model, row, token, logp, reasoning, max_new_tokens)
+            if watch:
+                watch(row, segment)
+        running = [row for row in batch if not row.waiting and not row.ended]
+        waiting = [row for row in batch if row.waiting]
+        if waiting and len(waiting) >= len(running):
+            listen_again(model, waiting, insert)
+            running = [row for row in batch if not row.ended]
+        if not running:
+            return
+        batch, mask = shrink(cache, batch, mask)
+        now = [not row.waiting and not row.ended for row in batch]
+        since = [row.cached if new else len(row.sample.ids) for row, new in zip(batch, now)]
+        ids, position, real, audio = model.tensors([row.sample for row in batch], since)
+        mask, computed = torch.cat([mask, real], 1), ids.shape[1]
+        hidden = model.hidden(ids, position, mask, audio, cache)[:, -1]
+        hidden = hidden[torch.tensor(now, device=hidden.device)]
+
+
+def sample_tokens(model, hidden, temperature, generators):
+    """The next token of each row and its log-prob: two lists. hidden: (rows, D)."""
+    logits = model.logits(hidden / (temperature or 1.0))                        # (rows, V)
+    if temperature:
+        probs = logits.softmax(-1)
+        token = torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)])
+    else:
+        token = logits.argmax(-1)
+    logp = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
+    return token.tolist(), logp.tolist()
+
+
+def add_token(model, row, token, logp, reasoning, max_new_tokens):
+    """Append a sampled id. Returns the Segment that its text closes, if it does."""
+    row.sample.add([token], trained=True)
+    row.logprobs.append(logp)
+    if token in model.eos_ids:
+        row.ended = "eos"
+        return None
+    answered = row.text.partition("<answer>")[2]
+    row.text += model.piece(token)
+    if not answered and row.text.partition("<answer>")[2]:
+        row.confidence = math.exp(logp)
+    if len(row.logprobs) >= max_new_tokens:
+        row.ended = "length"
+    pairs = split_segments(row.text)[0]
+    if len(pairs) == len(row.segments):
+        return None
+    duration_s = len(row.wave) / model.config.sample_rate
+    segment = parse_segment(pairs[-1][1], duration_s, len(row.heard), model.config)
+    if not segment.reason and reasoning == "text":
+        segment.reason = "text reasoning"
+    if not segment.reason and row.ended:
+        segment.reason = "no room left"
+    row.waiting = segment.heard = not segment.reason
+    row.segments.append(segment)
+    return segment
+
+
+def listen_again(model, rows, insert):
+    """Append what each waiting row asked to hear: x' = x + o + enc(A[s:e]) of the paper."""
+    pieces = []
+    for row in rows:
+        segment = row.segments[-1]
+        piece = cut(row.wave, segment.start_s, segment.end_s, model.config.sample_rate)
+        if insert == "random":
+            last = len(row.wave) - len(piece)
+            at = int(np.random.default_rng([row.seed, len(row.segments)]).integers(last + 1))
+            piece = row.wave[at:at + len(piece)]
+        pieces.append(torch.zeros_like(piece) if insert == "silence" else piece)
+    for row, features in zip(rows, model.hear(pieces)):
+        row.sample.add_audio(features, model.config.share_position)
+        row.waiting = False
+
+
+def cut(wave, start_s, end_s, sample_rate=Config.sample_rate):
+    """A[s:e] of the paper: seconds `start_s` to `end_s` of a waveform (N,)."""
+    return wave[round(start_s * sample_rate):round(end_s * sample_rate)]
+
+
+def shrink(cache, batch, mask):
+    """Drop ended rows and padding from the cache, once they are more than half of it."""
+    alive = torch.tensor([k for k, row in enumerate(batch) if not row.ended], device=mask.device)
+    if 2 * mask[alive].sum() >= mask.numel():
+        return batch, mask
+    mask = mask[alive]
+    order = mask.argsort(1, stable=True)[:, -int(mask.sum(1).max()):]           # padding first
+    for layer in cache.layers:
+        at = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
+        layer.keys, layer.values = (x[alive].gather(2, at) for x in (layer.keys, layer.values))
+    return [batch[k] for k in alive.tolist()], mask.gather(1, order)
+
+
+# ================================================================================== 7 the four rewards
+
+def extract_answer(text):
+    """What stands in the one <answer> block, or None. There is no fall-back."""
+    blocks = re.findall("<answer>(.*?)</answer>", text, re.S)
+    return blocks[0].strip() if len(blocks) == 1 else None
+
+
+def same_answer(a, b):
+    """Are two answers the same? Case, outer punctuation and spacing don't count."""
+    a, b = (" ".join(s.casefold().split()).strip(" .,;:!?\"'") for s in (a, b))
+    return a == b
+
+
+def is_right(text, answer):
+    extracted = extract_answer(text)
+    return extracted is not None and same_answer(extracted, answer)
+
+
+def format_reward(text):
+    """0.5 for exactly one well-formed think block, then exactly one answer block."""
+    match = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", text, re.S)
+    return 0.5 if match and not re.search("</?(think|answer)>", match[1] + match[2]) else 0.0
+
+
+def consistency_reward(text):
+    """-0.1 for every </seg> that the sentence does not go on after, at least -0.5: a capital or a
+    tag follows (the paper), or no word does before the next tag (here)."""
+    broken_off = 0
+    for after in text.split("</seg>")[1:]:
+        after = after.strip()
+        if not re.match(r"[^<]*\w", after) or after[0].isupper():
+            broken_off += 1
+    return max(-0.5, -0.1 * broken_off)
+
+
+def paper_reward(rollout, answer):
+    """The four rewards of the paper, by name; their sum lies between -0.5 and 1.5."""
+    right = is_right(rollout.text, answer)
+    return {"format": format_reward(rollout.text),
+            "consistency": consistency_reward(rollout.text),
+            "accuracy": 0.5 * right,
+            "segment": 0.5 * (right and bool(rollout.heard))}
+
+
+def confidence_reward(rollout, answer):
+    """The variant of the authors' script: accuracy by c, the probability of the first answer token."""
+    right, c = is_right(rollout.text, answer), rollout.confidence
+    accuracy = 0.5 * (1 - (1 - c) ** 2) if right else -0.5 * c ** 2
+    return paper_reward(rollout, answer) | {
+        "accuracy": accuracy, "segment": accuracy * (right and bool(rollout.heard))}
+
+
+REWARDS = {"paper": paper_reward, "confidence": confidence_reward}  # (rollout, answer) -> {name: value}
+
+
+# ================================================================================== 8 GRPO
+
+def group_advantages(rewards, eps=1e-4):
+    """A_i = (R_i - mean(R)) / (std(R) + eps) within each group: (questions, G) -> (questions, G).
+
+    A flat group, its rewards all equal, gets 0 and teaches nothing.
+    """
+    mean, std = rewards.mean(1, keepdim=True), rewards.std(1, correction=0, keepdim=True)
+    return (rewards - mean) / (std + eps)
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantage, clip=0.2, kl_weight=0.04):
+    """The GRPO objective of each token (arXiv 2402.03300, eq. 3 and 4) as a loss; all are (n,).
+
+        ratio = exp(logp - old_logp)
+        loss  = -min(ratio A, clip(ratio, 1 - c, 1 + c) A) + kl_weight k3
+        k3    = exp(ref - logp) - (ref - logp) - 1      unbiased, never negative: KL(policy || ref)
+    Returns loss, k3, and whether the clipped ratio was the smaller one.
+    """
+    ratio = torch.exp(logp - old_logp)
+    free, bounded = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
+    k3 = torch.exp(ref_logp - logp) - (ref_logp - logp) - 1
+    return -torch.minimum(free, bounded) + kl_weight * k3, k3, (bounded < free).float()
+
+
+def response_weights(samples, n_responses):
+    """(n,) weight of each trained token: mean over a response's tokens, then over responses."""
+    n_trained = torch.tensor([sum(s.trained) for s in samples])
+    return (1 / n_trained / n_responses).repeat_interleave(n_trained)
+
+
+def grpo_update(training, policy, reference, responses, advantages, settings, lr):
+    """`settings.mini_batches` updates on the responses of one step. advantages: (responses,).
+
+    Log-probs before the update are those of sampling; in bf16 they are computed again by the pass
+    that trains, since cached decoding rounds otherwise by up to a few hundredths. Returns means.
+    """
+    policy.train()  # nothing drops out; gradient checkpointing works in this mode alone
+    samples, budget = [r.sample for r in responses], settings.tokens_per_batch
+    sampled = [torch.tensor(r.logprobs, device=policy.device) for r in responses]
+    old = policy.log_probs(samples, settings.temperature, budget) if policy.bf16 else sampled
+    ref = reference.log_probs(samples, settings.temperature, budget)
+    names, seen = ("loss", "kl", "clip_share", "entropy", "logp_gap"), torch.zeros(5)
+    for mini_batch in torch.arange(len(responses)).chunk(settings.mini_batches):
+        n_responses = training.sum(len(mini_batch))[0]
+        for micro in micro_batches([samples[i] for i in mini_batch], budget):
+            rows = mini_batch[micro]
+            batch = [samples[i] for i in rows]
+            before, base, drawn = (torch.cat([x[i] for i in rows]) for x in (old, ref, sampled))
+            logp, entropy = policy(batch, settings.temperature, entropy=True)
+            n_trained = torch.tensor([sum(s.trained) for s in batch])
+            advantage = advantages[rows].repeat_interleave(n_trained).to(logp)
+            weights = response_weights(batch, n_responses).to(logp)
+            loss, k3, clipped = grpo_loss(logp, before, base, advantage, settings.clip,
+                                          settings.kl_weight)
+            (weights * loss).sum().backward()
+            gap = (logp - drawn).abs()
+            for k, x in enumerate((loss, k3, clipped, entropy, gap)):
+                seen[k] += (weights * x.detach()).sum().cpu()
+        training.update(lr)
+    return dict(zip(names, (x / settings.mini_batches for x in training.sum(*seen))))
+
+
+# ==================================================================== The method ends here: plumbing.
+# ================================================================================== 9 pretrained parts, save and load
+
+def pretrained(load, name):
+    """load(name), with one line for a name that is neither a folder nor reachable."""
+    try:
+        return load(name)
+    except (OSError, ValueError, KeyError) as error:
+        if Path(name).is_dir():
+            why = str(error).splitlines()[0][:120]
+            raise EchoError(f"{name}: not a checkpoint of the kind needed here ({why})") from None
+        raise EchoError(
+            f"{name}: neither a folder here nor reachable; where there is a network, run: "
+            f"hf download {name} --local-dir {Path(name).name}, and give that folder") from None
+
+
+def build(config, decoder=None, tokenizer=None):
+    """A new model. Tiny parts are handed in (train_sft.py makes them), others loaded by name."""
+    if decoder is None:
+        tokenizer = pretrained(AutoTokenizer.from_pretrained, config.decoder)
+        decoder = pretrained(lambda name: AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32), config.decoder)
+        if decoder.config.model_type != "qwen2":
+            raise EchoError(f"--decoder {config.decoder}: a {decoder.config.model_type} model; "
+                            "needed: a Qwen2 checkpoint")
+    if config.encoder == "small":
+        return Echo(config, SmallEncoder(config), decoder, tokenizer)
+    whisper = pretrained(lambda name: WhisperModel.from_pretrained(name, dtype=torch.float32),
+                         config.encoder)
+    extractor = pretrained(WhisperFeatureExtractor.from_pretrained, config.encoder)
+    return Echo(config, WhisperEncoder(config, whisper.encoder, extractor), decoder, tokenizer)
+
+
+def set_trainable(model, what):
+    """Train the projector and what --train names; the embedding table only of a tiny decoder, the
+    audio encoder never."""
+    layers = model.decoder.model.layers
+    n = int(what[5:]) if re.fullmatch("last-[0-9]+", what) else 0
+    if what not in ("decoder", "projector", "none") and not 0 < n <= len(layers):
+        raise EchoError(f"--train {what}: must be decoder, projector, or last-N with N up to "
+                        f"{len(layers)}")
+    model.requires_grad_(False)
+    model.projector.requires_grad_(what != "none")
+    parts = [*layers[len(layers) - n:], model.decoder.model.norm] if n else []
+    if what == "decoder":
+        parts = [model.decoder if model.config.decoder == "tiny" else model.decoder.model]
+    for part in parts:
+        part.requires_grad_(True)
+    if model.config.decoder != "tiny":
+        model.decoder.get_input_embeddings().requires_grad_(False)
+
+
+def set_precision(model, dtype="auto"):
+    """bf16 arithmetic, or fp32. auto: bf16 for a pretrained decoder where the hardware has it.
+
+    Weights that are trained stay fp32 (an update of lr 1e-6 would vanish in bf16), frozen matrices
+    are kept in bf16, which is what autocast rounds them to; norms and rotary angles stay fp32.
+    """
+    if dtype not in ("auto", "fp32", "bf16"):
+        raise EchoError(f"--dtype {dtype}: must be auto, fp32 or bf16")
+    hardware = torch.cuda.is_bf16_supported() if model.device.type == "cuda" else \
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    model.bf16 = dtype == "bf16" or dtype == "auto" and model.config.decoder != "tiny" and hardware
+    for module in model.decoder.modules() if model.bf16 else ():
+        if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.requires_grad:
+            module.to(torch.bfloat16)
+    return model
+
+
+def prepare(model, settings):
+    """Ready for training: what --train names, in --dtype, with or without --checkpointing."""
+    set_trainable(model, settings.train)
+    set_precision(model, settings.dtype)
+    if settings.checkpointing:
+        model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def write_atomically(path, data):
+    """Write bytes or text whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data if isinstance(data, bytes) else data.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_folder(folder, fill):
+    """Fill a new folder under a temporary name, then put it in the place of `folder`."""
+    folder = Path(folder)
+    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    fill(temporary)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save(model, folder):
+    """Decoder and tokenizer as transformers saves them, the rest as echo.safetensors, echo.json."""
+    described = {"config": dataclasses.asdict(model.config)}
+    if isinstance(model.encoder, WhisperEncoder):
+        described["whisper"] = model.encoder.whisper.config.to_dict()
+        described["extractor"] = model.encoder.extractor.to_dict()
+    rest = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("decoder.")}
+
+    def fill(temporary):
+        model.decoder.save_pretrained(temporary)
+        model.tokenizer.save_pretrained(temporary)
+        save_file(rest, temporary / "echo.safetensors")
+        (temporary / "echo.json").write_text(json.dumps(described, indent=2))
+    write_folder(folder, fill)
+
+
+def load(folder, device="cpu"):
+    """The model that save() wrote to a folder, or to the folder's model/; in eval mode."""
+    folder = Path(folder)
+    folder = folder if (folder / "echo.json").is_file() else folder / "model"
+    if not (folder / "echo.json").is_file():
+        raise EchoError(f"{folder.parent}: no Echo checkpoint there (no echo.json); train one, or "
+                        "give another folder with --model")
+    try:
+        described = json.loads((folder / "echo.json").read_text())
+        config = Config(**described["config"])
+        decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # Auto would make it Qwen's
+        encoder = SmallEncoder(config)
+        if "whisper" in described:
+            whisper = WhisperModel(WhisperConfig(**described["whisper"])).encoder
+            encoder = WhisperEncoder(config, whisper, WhisperFeatureExtractor(**described["extractor"]))
+        model = Echo(config, encoder, decoder, tokenizer)
+        rest = load_file(folder / "echo.safetensors")
+        keys = model.load_state_dict(rest, strict=False)
+        lost = [k for k in keys.missing_keys if not k.startswith("decoder.")] + keys.unexpected_keys
+        if lost:
+            raise ValueError(f"{lost[0]} does not fit")
+    except Exception as error:
+        why = (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise EchoError(f"{folder}: broken checkpoint, {why}") from None
+    return model.to(device).eval()
+
+
+# ================================================================================== 10 audio files and rows of data
+
+def read_bytes(path):
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise EchoError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise EchoError(f"{str(path)[:200]}: can't be read ({error.__class__.__name__})") from None
+
+
+def read_wav(path, data):
+    """A WAV file's bytes, 8 to 32-bit integer or 32-bit float PCM -> (N, channels) float32, rate."""
+    chunks, at = {}, 12
+    while at + 8 <= len(data):
+        name, size = data[at:at + 4], struct.unpack("<I", data[at + 4:at + 8])[0]
+        chunks.setdefault(name, data[at + 8:at + 8 + size])
+        if name == b"data" and len(chunks[name]) < size < 0xFFFF_FF00:  # streams leave it open
+            raise EchoError(f"{path}: broken WAV, {len(chunks[name])} of {size} bytes of audio are "
+                            "there; export it again")
+        at += 8 + size + size % 2
+    header = chunks.get(b"fmt ", b"")
+    if len(header) < 16 or b"data" not in chunks:
+        raise EchoError(f"{path}: broken WAV, its 'fmt ' or 'data' chunk is missing; export it again")
+    coding, channels, rate, _, _, bits = struct.unpack("<HHIIHH", header[:16])
+    if coding == 0xFFFE and len(header) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the coding follows
+        coding = struct.unpack("<H", header[24:26])[0]
+    if (coding, bits) not in ((1, 8), (1, 16), (1, 24), (1, 32), (3, 32)) or not channels:
+        raise EchoError(f"{path}: WAV coding {coding} with {bits} bits; needed: 8, 16, 24, 32-bit "
+                        "integer or 32-bit float PCM")
+    if not 1000 <= rate <= 768_000:
+        raise EchoError(f"{path}: a sample rate of {rate} Hz; needed: 1 to 768 kHz")
+    frame = channels * bits // 8
+    raw = np.frombuffer(chunks[b"data"][:len(chunks[b"data"]) // frame * frame], np.uint8)
+    if coding == 3:
+        wave = raw.view("<f4")
+    elif bits == 8:
+        wave = raw.astype(np.float32) / 128 - 1
+    else:  # left-aligned in 32 bits
+        padded = np.zeros((len(raw) * 8 // bits, 4), np.uint8)
+        padded[:, 4 - bits // 8:] = raw.reshape(-1, bits // 8)
+        wave = padded.view("<i4")[:, 0].astype(np.float32) / 2 ** 31
+    return wave.reshape(-1, channels), rate
+
+
+def load_audio(path, sample_rate=Config.sample_rate):
+    """A clip as a mono waveform, (N,) float32 at `sample_rate`. WAV; other formats by torchcodec."""
+    data = read_bytes(path)
+    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
+        wave, rate = read_wav(path, data)
+    else:
+        try:
+            wave, rate = torchaudio.load(path)
+            wave = wave.T.numpy()
+        except Exception:
+            raise EchoError(
+                f"{path}: not a WAV file, or broken; convert it (ffmpeg -i {Path(path).name} "
+                f"{Path(path).stem}.wav) or pip install torchcodec, which reads more") from None
+    if not wave.size:
+        raise EchoError(f"{path}: the clip is empty, it holds no samples")
+    if not np.abs(wave).max() <= 1e4:
+        raise EchoError(f"{path}: the samples hold NaN or values beyond 10,000; export it again")
+    mono = torch.from_numpy(wave.mean(1, dtype=np.float32))
+    return torchaudio.functional.resample(mono, rate, sample_rate)
+
+
+def read_rows(path, needs=()):
+    """Rows of a JSON list or of JSON lines, each a dict with text under the keys `needs`."""
+    try:
+        text, number = read_bytes(path).decode("utf-8-sig"), 0
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = []
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+    except UnicodeDecodeError as error:
+        raise EchoError(f"{path}, byte {error.start}: not UTF-8; save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        where = f"row {number}" if number else f"line {error.lineno}"
+        raise EchoError(f"{path}, {where}: not JSON ({error.msg})") from None
+    for number, row in enumerate(rows, 1):
+        for key in needs:
+            if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key]:
+                raise EchoError(f"{path}, row {number}: no text under {key!r}; needed: "
+                                f"{', '.join(needs)}")
+    if not rows:
+        raise EchoError(f"{path}: no rows")
+    return rows
+
+
+@dataclass
+class Question:
+    """A row in the published formats: the native one, MMAR's (choices), MMAU's (audio_id, choices)."""
+    row: dict
+    path: Path
+    question: str
+    choices: list
+    answer: str | None
+    category: str
+
+
+def read_questions(path, audio_root="", needs=("answer",)):
+    """Questions of a data file. Audio paths are relative to `audio_root`, or the file's folder."""
+    questions = []
+    for number, row in enumerate(read_rows(path, ("question", *needs)), 1):
+        where, answer = f"{path}, row {number}", row.get("answer")
+        audio = row.get("audio_path") or row.get("audio_id")
+        choices = row.get("multi_choice", row.get("choices"))
+        if not isinstance(audio, str):
+            raise EchoError(f"{where}: no 'audio_path' (or 'audio_id')")
+        if not isinstance(choices, list) or not choices or not all(isinstance(c, str) for c in choices):
+            raise EchoError(f"{where}: no 'multi_choice' (or 'choices'), a list of texts")
+        if answer is not None and not isinstance(answer, str):
+            raise EchoError(f"{where}: 'answer' is not a text: {answer!r}")
+        if needs and not any(same_answer(answer, c) for c in choices):
+            raise EchoError(f"{where}: the answer {answer!r} is not among the choices")
+        category = row.get("category") or row.get("task") or "all"
+        category = ", ".join(category) if isinstance(category, list) else str(category)
+        file = Path(audio_root or Path(path).parent) / audio
+        questions.append(Question(row, file, row["question"], choices, answer, category))
+    return questions
+
+
+class Clips:
+    """Features of parts of audio files, each encoded once and by itself, so that a run that goes on
+    after a kill sees the very same numbers; kept up to `keep_bytes`."""
+
+    def __init__(self, model, keep_bytes=2e9):
+        self.model, self.kept, self.room = model, {}, keep_bytes
+
+    def __call__(self, path, start_s=None, end_s=None):
+        """The first listen of a clip, or a re-listened segment of it: (n, encoder dim)."""
+        key = (path, start_s, end_s)
+        if key in self.kept:
+            return self.kept[key]
+        wave = load_audio(path, self.model.config.sample_rate)
+        if start_s is not None:
+            wave = cut(wave, start_s, end_s, self.model.config.sample_rate)
+        features = self.model.hear([wave], first_listen=start_s is None)[0]
+        self.room -= features.nbytes
+        if self.room > 0:
+            self.kept[key] = features
+        return features
+
+
+# ================================================================================== 11 flags, runs, processes
 
 def parse_settings(cls, doc, argv=None):
-    """Command-line flags for the fields of a settings dataclass; the comment beside a field is its help.
-
-    A field `a_b` is set by --a-b or --a_b; a bool by --a-b and --no-a-b; fields named in `cls.POSITIONAL` stand bare.
-    """
+    """Flags for the fields of a dataclass: --a-b for a field a_b, also --no-a-b if it is a bool;
+    those in cls.POSITIONAL stand bare. --help prints the dataclass itself, comments and all."""
     def fail(message):
         raise EchoError(f"{message} (--help lists the settings)")
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=f"{doc}\n{inspect.getsource(cls)}", usage="%(prog)s [--setting value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = fail
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
     for f in dataclasses.fields(cls):
-        flag, help = "--" + f.name.replace("_", "-"), comments.get(f.name, "").replace("%", "%%")
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type))
+        flags = dict.fromkeys(("--" + f.name.replace("_", "-"), "--" + f.name))
+        rest = {"default": f.default, "help": argparse.SUPPRESS}
         if f.name in getattr(cls, "POSITIONAL", ()):
-            parser.add_argument(f.name, nargs="?", default=default, help=help)
-        elif kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+            parser.add_argument(f.name, nargs="?", **rest)
+        elif isinstance(f.default, bool):
+            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **rest)
+        elif isinstance(f.default, tuple):
+            parser.add_argument(*flags, nargs="+", **rest)
         else:
-            convert = lambda text, kind=kind, f=f: None if "None" in str(f.type) and text.lower() == "none" else kind(text)
-            convert.__name__ = kind.__name__  # what argparse calls it in an error
-            parser.add_argument(*dict.fromkeys((flag, "--" + f.name)), type=convert, default=default, metavar=kind.__name__,
-                                nargs="+" if "list" in str(f.type) else None, help=f"{help} (default {default})")
+            parser.add_argument(*flags, type=type(f.default), **rest)
     return cls(**vars(parser.parse_args(argv)))
+
+
+def follow_decoder(settings, table, decoder):
+    """Fill in settings that are 0 from {name: (tiny, pretrained)}, and say so for a pretrained one."""
+    for name, values in table.items():
+        if not getattr(settings, name):
+            setattr(settings, name, values[decoder != "tiny"])
+    if decoder != "tiny" and processes()[0] == 0:
+        print("by the decoder: " + ", ".join(f"{k} {getattr(settings, k):g}" for k in table))
+
+
+def require(settings, **known):
+    """A one-line error for a setting that is none of the known values."""
+    for name, values in known.items():
+        value = getattr(settings, name)
+        if value not in values:
+            raise EchoError(f"--{name.replace('_', '-')} {value}: must be one of {', '.join(values)}")
 
 
 def main(run):
@@ -121,718 +1061,192 @@ def main(run):
             torch.distributed.destroy_process_group()
 
 
-# ============================================================================================== 2 audio
-
-def read_wav(path):
-    """Read a WAV file: 8, 16, 24, 32-bit integer or 32-bit float PCM. Returns (channels, N) float32 in [-1, 1], rate."""
-    path = Path(path)
-    if not path.is_file():
-        raise EchoError(f"{path}: no such file")
-    data = path.read_bytes()
-    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        raise EchoError(f"{path}: not a WAV file; convert it first: ffmpeg -i {path.name} -ac 1 -ar 16000 {path.stem}.wav")
-    chunks, at = {}, 12
-    while at + 8 <= len(data):
-        name, size = data[at:at + 4], struct.unpack("<I", data[at + 4:at + 8])[0]
-        chunks.setdefault(name, data[at + 8:at + 8 + size])
-        if name == b"data" and size > len(chunks[name]) and size < 0xFFFF_FF00:  # streams leave the size open
-            raise EchoError(f"{path}: broken WAV, {len(chunks[name])} of {size} bytes of audio are there; export it again")
-        at += 8 + size + size % 2
-    if len(chunks.get(b"fmt ", b"")) < 16 or b"data" not in chunks:
-        raise EchoError(f"{path}: broken WAV, its 'fmt ' or 'data' chunk is missing; export it again")
-    coding, channels, rate, _, block, bits = struct.unpack("<HHIIHH", chunks[b"fmt "][:16])
-    if coding == 0xFFFE and len(chunks[b"fmt "]) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the coding follows
-        coding = struct.unpack("<H", chunks[b"fmt "][24:26])[0]
-    if (coding, bits) not in ((1, 8), (1, 16), (1, 24), (1, 32), (3, 32)) or not channels or not rate:
-        raise EchoError(f"{path}: WAV coding {coding} with {bits} bits; needed: 8, 16, 24, 32-bit integer or 32-bit float PCM")
-    raw = chunks[b"data"][:len(chunks[b"data"]) // (channels * bits // 8) * (channels * bits // 8)]
-    if not raw:
-        raise EchoError(f"{path}: the clip is empty, it holds no samples")
-    if coding == 3:
-        wave = np.frombuffer(raw, "<f4")
-    elif bits == 8:
-        wave = np.frombuffer(raw, np.uint8).astype(np.float32) / 128 - 1
-    elif bits == 24:
-        padded = np.zeros((len(raw) // 3, 4), np.uint8)
-        padded[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
-        wave = padded.view("<i4")[:, 0].astype(np.float32) / 2 ** 31
-    else:
-        wave = np.frombuffer(raw, f"<i{bits // 8}").astype(np.float32) / 2 ** (bits - 1)
-    if not np.isfinite(wave).all():
-        raise EchoError(f"{path}: the samples hold NaN or infinity; export it again")
-    return torch.from_numpy(wave.reshape(-1, channels).T.copy()), rate
-
-
-def load_audio(path, sample_rate=Config.sample_rate):
-    """A WAV file as a mono waveform: (N,) float32 at `sample_rate`."""
-    wave, rate = read_wav(path)
-    return torchaudio.functional.resample(wave.mean(0), rate, sample_rate)
-
-
-def wav_bytes(wave, sample_rate):
-    """(N,) float samples in [-1, 1] as the bytes of a 16-bit mono WAV file."""
-    raw = (np.asarray(wave) * 32767).round().astype("<i2").tobytes()
-    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(raw), b"WAVE", b"fmt ", 16, 1, 1, sample_rate,
-                         2 * sample_rate, 2, 16, b"data", len(raw))
-    return header + raw
-
-
-def cut(wave, start_s, end_s, sample_rate=Config.sample_rate):
-    """A[s:e] of the paper: seconds `start_s` to `end_s` of a waveform (N,)."""
-    return wave[round(start_s * sample_rate):round(end_s * sample_rate)]
-
-
-# ============================================================================================== 3 audio encoder
-#
-# The interface, for an encoder of your own: `dim`; `n_tokens(n_samples, first_listen)`; and
-# forward(waves: list of (N_i,), first_listen: bool) -> list of (n_i, dim), one by one the same as in a batch.
-
-class SmallEncoder(nn.Module):
-    """Log-mel, two strided convolutions (100 frames a second -> 25 tokens) and a few transformer layers.
-
-    The first listen is a thumbnail: the mel POWER is averaged over 1 / first_listen_rate seconds before the encoder
-    sees it, one token for each average, so that what changes within one average is not there to be read.
-    """
-    TOKENS_PER_SECOND = 25
-
-    def __init__(self, config):
-        super().__init__()
-        self.config, self.dim = config, config.encoder_dim
-        self.mel = torchaudio.transforms.MelSpectrogram(config.sample_rate, config.window_length, config.window_length,
-                                                        config.hop_length, n_mels=config.n_mels, center=False)
-        self.conv1 = nn.Conv1d(config.n_mels, self.dim, 3, stride=2, padding=1)
-        self.conv2 = nn.Conv1d(self.dim, self.dim, 3, stride=2, padding=1)
-        layer = nn.TransformerEncoderLayer(self.dim, config.encoder_heads, 2 * self.dim, dropout=0.0, activation=F.gelu,
-                                           batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, config.encoder_layers, nn.LayerNorm(self.dim), enable_nested_tensor=False)
-
-    def power(self, wave):
-        """(N,) samples -> (n_mels, ceil(N / hop_length)) mel power; frame t is centred on the t-th hop."""
-        hop, window = self.config.hop_length, self.config.window_length
-        n_frames, before = math.ceil(wave.numel() / hop), (window - hop) // 2
-        return self.mel(F.pad(wave, (before, (n_frames - 1) * hop + window - before - wave.numel())))
-
-    def n_tokens(self, n_samples, first_listen):
-        frames = math.ceil(n_samples / self.config.hop_length)
-        if first_listen and self.config.first_listen_rate:
-            return math.ceil(frames / self.frames_per_thumbnail)
-        return math.ceil(frames / 4)
-
-    @property
-    def frames_per_thumbnail(self):
-        return round(self.config.sample_rate / self.config.hop_length / self.config.first_listen_rate)
-
-    def forward(self, waves, first_listen):
-        features = []
-        for wave in waves:
-            mel = self.power(wave)                                                       # (n_mels, frames)
-            if first_listen and self.config.first_listen_rate:
-                mel = F.avg_pool1d(mel, self.frames_per_thumbnail, ceil_mode=True).repeat_interleave(4, 1)
-            features.append((mel.clamp_min(1e-6).log10() + 2).T)                         # (frames, n_mels)
-        lengths = torch.tensor([len(f) for f in features], device=features[0].device)
-        x = nn.utils.rnn.pad_sequence(features, batch_first=True).transpose(1, 2)        # (B, n_mels, T)
-        for conv in (self.conv1, self.conv2):
-            x, lengths = F.gelu(conv(x)), (lengths + 1) // 2
-            padding = torch.arange(x.shape[2], device=x.device) >= lengths[:, None]      # (B, T)
-            x = x.masked_fill(padding[:, None], 0.0)
-        x = x.transpose(1, 2)                                                            # (B, T, dim)
-        x = self.layers(x + sinusoids(x.shape[1], self.dim, x.device), src_key_padding_mask=padding)
-        return [row[:n] for row, n in zip(x, lengths.tolist())]
-
-
-def sinusoids(length, dim, device):
-    """(length, dim) sine and cosine positions."""
-    angle = torch.arange(length, device=device)[:, None] / 10_000 ** (torch.arange(0, dim, 2, device=device) / dim)
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-
-class WhisperEncoder(nn.Module):
-    """The encoder of a Whisper checkpoint, in windows of 30 s, its padding cut away, pooled to 25 tokens a second.
-
-    The first listen, where it has a rate of its own, is the average of these tokens.
-    """
-    TOKENS_PER_SECOND = 25
-
-    def __init__(self, config, whisper, extractor):
-        super().__init__()
-        self.config, self.whisper, self.extractor, self.dim = config, whisper, extractor, whisper.config.d_model
-
-    def n_tokens(self, n_samples, first_listen):
-        full = math.ceil(n_samples * self.TOKENS_PER_SECOND / self.config.sample_rate)
-        if first_listen and self.config.first_listen_rate:
-            return math.ceil(full * self.config.first_listen_rate / self.TOKENS_PER_SECOND)
-        return full
-
-    def forward(self, waves, first_listen):
-        device, window = waves[0].device, self.extractor.n_samples
-        pieces = [piece for wave in waves for piece in wave.split(window)]
-        inputs = self.extractor([p.cpu().numpy() for p in pieces], sampling_rate=self.config.sample_rate, return_tensors="pt")
-        tokens = self.whisper(inputs.input_features.to(device, self.whisper.dtype)).last_hidden_state.float()  # (pieces, 1500, dim)
-        tokens = F.avg_pool1d(tokens.transpose(1, 2), 2).transpose(1, 2)                                        # 50 -> 25 a second
-        tokens = iter([t[:self.n_tokens(len(p), False)] for t, p in zip(tokens, pieces)])
-        out = [torch.cat([next(tokens) for _ in wave.split(window)]) for wave in waves]
-        if first_listen and self.config.first_listen_rate:
-            out = [F.adaptive_avg_pool1d(t.T[None], self.n_tokens(len(w), True))[0].T for t, w in zip(out, waves)]
-        return out
-
-
-# ============================================================================================== 4 the model
-
-@dataclass
-class Span:
-    """A piece of audio in the token sequence."""
-    wave: torch.Tensor | None    # (N,) at the model's sample rate, until it was listened to
-    start_s: float = 0.0         # where in its clip it starts: the time stamps of its tokens
-    first_listen: bool = False
-    features: torch.Tensor | None = None  # (n, encoder dim): the encoder is frozen, so listening once is enough
-
-    def __post_init__(self):
-        self.n_samples = len(self.wave)
-
-
-@dataclass
-class Sample:
-    """The one representation of a text with audio in it: a flat list of ids in which each audio token is a placeholder."""
-    ids: list = field(default_factory=list)
-    trained: list = field(default_factory=list)  # is the id at this position to be learned?
-    position: list = field(default_factory=list)  # position ids; not always 0, 1, 2, ...: see add_span
-    spans: list = field(default_factory=list)    # (index of the first placeholder, Span), in order
-
-    def copy(self):
-        return Sample(*(list(getattr(self, f.name)) for f in dataclasses.fields(self)))
-
-
-class Echo(nn.Module):
-    """Audio encoder (frozen outside its own training), projector, and a Qwen2 decoder."""
-
-    def __init__(self, config, encoder, decoder, tokenizer):
-        super().__init__()
-        self.config, self.encoder, self.decoder, self.tokenizer = config, encoder, decoder, tokenizer
-        dim = decoder.config.hidden_size
-        scale = decoder.get_input_embeddings().weight.detach().float().std().item()
-        self.projector = nn.Linear(encoder.dim, dim)
-        self.stamp = nn.Linear(4 * dim, dim, bias=False)  # one map for each decimal place of a token's time
-        nn.init.normal_(self.projector.weight, std=scale / encoder.dim ** 0.5)
-        nn.init.zeros_(self.projector.bias)
-        for place, block in enumerate(self.stamp.weight.data.split(dim, dim=1)):  # the ones' map: the digit as it is
-            nn.init.eye_(block) if place == 2 else nn.init.orthogonal_(block, gain=0.5 if place < 2 else 1.0)
-        one = lambda text: tokenizer.convert_tokens_to_ids(text)
-        self.audio_id, self.seg_id, self.seg_end_id, self.answer_id = map(one, (AUDIO, "<seg>", "</seg>", "<answer>"))
-        self.digit_ids = [tokenizer(str(d), add_special_tokens=False).input_ids[-1] for d in range(10)]
-        stop = getattr(decoder.generation_config, "eos_token_id", None) or []
-        self.eos_ids = {tokenizer.eos_token_id, *([stop] if isinstance(stop, int) else stop)}
-
-    @property
-    def device(self):
-        return self.projector.weight.device
-
-    def autocast(self):
-        """bf16 arithmetic on CUDA over fp32 weights (an update of lr 1e-6 would vanish in bf16 weights); fp32 on CPU."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
-
-    # ------------------------------------------------------------------ pieces of text and audio -> Sample
-
-    def add_text(self, sample, text, trained=False):
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        if self.audio_id in ids:
-            raise EchoError(f"the text {text[:60]!r} holds the reserved {AUDIO}; remove it")
-        return self.add_ids(sample, ids, trained)
-
-    def add_ids(self, sample, ids, trained=False):
-        first = sample.position[-1] + 1 if sample.ids else 0
-        sample.ids += ids
-        sample.trained += [trained] * len(ids)
-        sample.position += range(first, first + len(ids))
-        return sample
-
-    def add_span(self, sample, span):
-        """Append placeholders for a span. All tokens of a re-listened segment share one position (share_position)."""
-        n = self.encoder.n_tokens(span.n_samples, span.first_listen)
-        sample.spans.append((len(sample.ids), span))
-        self.add_ids(sample, [self.audio_id] * n)
-        if self.config.share_position and not span.first_listen:
-            sample.position[-n:] = [sample.position[-n]] * n
-        return sample
-
-    def prompt(self, audio, question, choices=()):
-        """The Sample that a response continues: first listen and question, in the decoder's chat template if it has one.
-
-        audio: the clip (N,), or its Span if it was listened to before."""
-        text = self.config.prompt.format(question=question, choices=", ".join(choices))
-        parts = ["", text]
-        if self.tokenizer.chat_template:
-            parts = self.tokenizer.apply_chat_template([{"role": "user", "content": AUDIO + text}], tokenize=False,
-                                                       add_generation_prompt=True).split(AUDIO, 1)
-        sample = self.add_text(Sample(), parts[0])
-        self.add_span(sample, audio if isinstance(audio, Span) else Span(audio, first_listen=True))
-        return self.add_text(sample, parts[1])
-
-    def add_response(self, sample, text):
-        """Append a whole response to learn, with eos."""
-        return self.add_ids(self.add_text(sample, text, trained=True), [self.tokenizer.eos_token_id], trained=True)
-
-    # ------------------------------------------------------------------ Samples -> tensors -> log-probs
-
-    @torch.no_grad()
-    def listen(self, spans, batch_s=480):
-        """Encode the spans that have no features yet, in batches of at most `batch_s` seconds."""
-        for first_listen in (True, False):
-            todo = list({id(s): s for s in spans if s.features is None and s.first_listen == first_listen}.values())
-            while todo:
-                n = max(1, int(batch_s * self.config.sample_rate / max(s.n_samples for s in todo[:64])))
-                batch, todo = todo[:min(n, 64)], todo[min(n, 64):]
-                for span, tokens in zip(batch, self.encoder([s.wave.to(self.device) for s in batch], first_listen)):
-                    span.features, span.wave = tokens, None
-
-    def collate(self, samples, since=None, left=False):
-        """The ids of each sample from index `since` on, as one padded batch: tensors of shape (B, T)."""
-        since = since or [0] * len(samples)
-        width = max(len(s.ids) - k for s, k in zip(samples, since))
-
-        def pad(values):
-            fill = [0] * (width - len(values))
-            return fill + values if left else values + fill
-        ids = torch.tensor([pad(s.ids[k:]) for s, k in zip(samples, since)])
-        position = torch.tensor([pad(s.position[k:]) for s, k in zip(samples, since)])
-        real = torch.tensor([pad([1] * (len(s.ids) - k)) for s, k in zip(samples, since)])
-        spans = [span for s, k in zip(samples, since) for at, span in s.spans if at >= k]
-        return ids.to(self.device), position.to(self.device), real.to(self.device), spans
-
-    def embed(self, ids, spans):
-        """(B, T) ids -> (B, T, D): token embeddings, with the spans' audio in the place of the placeholders."""
-        table = self.decoder.get_input_embeddings()
-        x = table(ids)
-        if spans:
-            self.listen(spans)
-            times = torch.cat([torch.arange(len(s.features)) * self.token_s(s) + s.start_s for s in spans])
-            tenths = (times * 10 + 1e-3).long().to(self.device)                          # (n,) time in tenths of a second
-            digits = torch.stack([tenths // place % 10 for place in (1000, 100, 10, 1)], 1)
-            stamps = self.stamp(table.weight[self.digit_ids][digits].flatten(1))         # (n, 4 D) -> (n, D)
-            audio = self.projector(torch.cat([s.features for s in spans])) + stamps
-            x = x.masked_scatter((ids == self.audio_id)[..., None], audio.to(x.dtype))
-        return x
-
-    def token_s(self, span):
-        """Seconds from one audio token of a span to the next."""
-        return 1 / (span.first_listen and self.config.first_listen_rate or self.encoder.TOKENS_PER_SECOND)
-
-    def hidden(self, ids, position, mask, spans, cache=None):
-        """(B, T, D) last hidden states; `mask` (B, cached + T) marks the real tokens."""
-        with self.autocast():
-            return self.decoder.model(inputs_embeds=self.embed(ids, spans), attention_mask=mask, position_ids=position,
-                                      past_key_values=cache, use_cache=cache is not None).last_hidden_state
-
-    def log_softmax(self, hidden, temperature=1.0):
-        """(n, D) -> (n, V) log-probs at a temperature; an audio token is never sampled."""
-        with self.autocast():
-            logits = self.decoder.lm_head(hidden)
-        logits = logits.float().index_fill(1, torch.tensor([self.audio_id], device=self.device), -torch.inf)
-        return torch.log_softmax(logits / temperature, dim=-1)
-
-    def forward(self, samples, temperature=1.0):
-        """Log-prob and entropy of every trained token, flat in the order of the samples: two tensors (n,).
-
-        The head is applied to the positions before trained tokens alone, 512 at a time, and its output is not kept:
-        with a vocabulary of 151,936 the logits of a whole batch would be larger than the model.
-        """
-        ids, position, mask, spans = self.collate(samples)
-        hidden = self.hidden(ids, position, mask, spans)
-        rows = [(row, t) for row, s in enumerate(samples) for t, trained in enumerate(s.trained) if trained]
-        row, t = torch.tensor(rows, device=self.device).T
-        before, target = hidden[row, t - 1], ids[row, t]                                 # (n, D), (n,)
-
-        def head(before, target):
-            logp = self.log_softmax(before, temperature)
-            entropy = -(logp.exp() * logp.masked_fill(logp.isinf(), 0)).sum(-1)
-            return logp.gather(1, target[:, None])[:, 0], entropy.detach()
-        parts = [checkpoint(head, b, g, use_reentrant=False) if len(target) > 512 else head(b, g)
-                 for b, g in zip(before.split(512), target.split(512))]
-        return tuple(map(torch.cat, zip(*parts)))
-
-    @torch.no_grad()
-    def log_probs(self, samples, temperature=1.0, tokens_per_batch=8192):
-        """forward() without gradient and in micro-batches: the log-probs alone, (n,)."""
-        return torch.cat([self([samples[i] for i in batch], temperature)[0]
-                          for batch in micro_batches([len(s.ids) for s in samples], tokens_per_batch)])
-
-
-def micro_batches(lengths, budget):
-    """Split range(len(lengths)), in order, so that rows x longest row stays within a budget of tokens (or one row)."""
-    batches, longest = [[]], 0
-    for i, n in enumerate(lengths):
-        longest = max(longest, n)
-        if batches[-1] and longest * (len(batches[-1]) + 1) > budget:
-            batches.append([])
-            longest = n
-        batches[-1].append(i)
-    return batches
-
-
-def toy_tokenizer(texts):
-    """A byte-level BPE tokenizer trained on the toy's texts: each of their words becomes one token, any text works.
-
-    A word gets a space before it wherever it stands, so `<answer>bell` and `the bell` share their token.
-    """
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend(" "), normalizers.Replace(Regex("^ (?=[^A-Za-z])"), "")])
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\d|, (?=\d)| ?[A-Za-z]+|\s+|[^\sA-Za-z\d]"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse(),
-                                     decoders.Replace(Regex("(?<=<(think|answer|seg)>) "), ""),
-                                     decoders.Replace(Regex(r"(?<=[^>\s])<seg>"), " <seg>")])
-    trainer = trainers.BpeTrainer(vocab_size=2048, min_frequency=2, show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    bpe.train_from_iterator([part for text in texts for part in re.split("<[^>]*>", text) if part], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
-
-
-def tiny_decoder(config, vocab_size):
-    """A Qwen2 decoder small enough to learn from nothing in minutes.
-
-    What a pretrained decoder has anyway, this one starts with: layer 0 looks at the tokens just before (equal biases
-    of q and k are, under RoPE, a local kernel), layer 1 at distant tokens that look alike (q = k, and biases that
-    push nearby tokens away), and both copy what they look at (o = v^T). Finding a sound by its name then takes
-    about half the steps (one seed each: 1,180 against 2,280).
-    """
-    decoder = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocab_size, hidden_size=config.dim, intermediate_size=2 * config.dim, num_hidden_layers=config.layers,
-        num_attention_heads=config.heads, num_key_value_heads=config.heads, max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, initializer_range=0.08, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=None))
-    orthogonal = lambda: torch.linalg.qr(torch.randn(config.dim, config.dim)).Q
-    per_head = config.dim // config.heads
-    with torch.no_grad():
-        for i, layer in enumerate(decoder.model.layers):
-            attention = layer.self_attn
-            layer.mlp.down_proj.weight *= 0.25
-            if i < 2:
-                attention.v_proj.weight.copy_(orthogonal())
-                attention.o_proj.weight.copy_(0.08 * attention.v_proj.weight.T)
-            else:
-                attention.o_proj.weight *= 0.25
-        local, alike = (layer.self_attn for layer in decoder.model.layers[:2])
-        for projection in (local.q_proj, local.k_proj):
-            projection.bias.copy_(torch.linspace(0.5, 2.0, config.heads).repeat_interleave(per_head))
-        alike.q_proj.weight.copy_(1.2 * orthogonal())
-        alike.k_proj.weight.copy_(alike.q_proj.weight)
-        for projection, sign in ((alike.q_proj, -1), (alike.k_proj, 1)):
-            projection.bias.view(config.heads, per_head)[:, :3] = 2.5 * sign  # the three fastest RoPE frequencies
-    return decoder
-
-
-def pretrained(load, name):
-    """load(name), with one line for a name that is neither a folder nor reachable."""
+def pick_device(name="auto"):
+    """The device of this process; under torchrun the processes find each other here."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    local = os.environ.get("LOCAL_RANK", 0)
     try:
-        return load(name)
-    except (OSError, ValueError, KeyError) as error:
-        if Path(name).is_dir():
-            raise EchoError(f"{name}: not a checkpoint of the kind needed here ({str(error).splitlines()[0][:120]})") from None
-        raise EchoError(f"{name}: neither a folder here nor reachable; where there is a network, run: "
-                        f"hf download {name} --local-dir {Path(name).name}, and give that folder") from None
+        device = torch.device(f"cuda:{local}" if name == "cuda" else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise EchoError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
-def add_tags(decoder, tokenizer):
-    """Make every tag one token; a new tag's embedding starts as the mean of its pieces'."""
-    pieces = {t: tokenizer(t, add_special_tokens=False).input_ids for t in (*TAGS, AUDIO)}
-    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in pieces])
-    if len(tokenizer) > decoder.get_input_embeddings().weight.shape[0]:
-        decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    with torch.no_grad():
-        for table in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
-            means = {t: table[p].mean(0) for t, p in pieces.items() if len(p) > 1}       # tied heads: the same twice
-            for t, mean in means.items():
-                table[tokenizer.convert_tokens_to_ids(t)] = mean
+def processes():
+    """This process's rank, and how many there are."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def build(config, texts=()):
-    """A new model. `texts`: what the tiny decoder's tokenizer is trained on."""
-    if config.decoder == "tiny":
-        tokenizer = toy_tokenizer(texts)
-        tokenizer.add_tokens([AddedToken(t, normalized=False, special=False, lstrip=t == "<seg>") for t in (*TAGS, AUDIO, "<|end|>")])
-        decoder = tiny_decoder(config, len(tokenizer))
-    else:
-        tokenizer = pretrained(AutoTokenizer.from_pretrained, config.decoder)
-        decoder = pretrained(lambda name: AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), config.decoder)
-        if decoder.config.model_type != "qwen2":
-            raise EchoError(f"--decoder {config.decoder}: a {decoder.config.model_type} model; needed: a Qwen2 checkpoint")
-        add_tags(decoder, tokenizer)
-    if config.encoder == "small":
-        encoder = SmallEncoder(config)
-    else:
-        whisper = pretrained(lambda name: WhisperModel.from_pretrained(name, dtype=torch.float32), config.encoder)
-        encoder = WhisperEncoder(config, whisper.encoder, pretrained(WhisperFeatureExtractor.from_pretrained, config.encoder))
-    return Echo(config, encoder, decoder, tokenizer)
+def barrier():
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
-@torch.no_grad()
-def attention_shares(model, rollout):
-    """The attention on audio tokens at each step of a response: (steps, 2), first listen and re-listened segments.
-
-    Averaged over layers and heads; one uncached pass over the whole sequence gives every step at once.
-    """
-    implementation = model.decoder.config._attn_implementation
-    model.decoder.set_attn_implementation("eager")  # the one that returns its weights
-    ids, position, mask, spans = model.collate([rollout.sample])
-    weights = model.decoder.model(inputs_embeds=model.embed(ids, spans), attention_mask=mask, position_ids=position,
-                                  output_attentions=True, use_cache=False).attentions
-    model.decoder.set_attn_implementation(implementation)
-    weights = torch.stack(weights).float().mean((0, 2))[0]                               # (T, T): layers and heads averaged
-    audio = (ids[0] == model.audio_id).float()
-    first = audio * (torch.arange(len(audio), device=audio.device) < rollout.n_prompt)
-    steps = [t - 1 for t, trained in enumerate(rollout.sample.trained) if trained]
-    return torch.stack([weights[steps] @ first, weights[steps] @ (audio - first)], 1).cpu()
+def linear_schedule(step, steps, warmup=0, final=0.0):
+    """Factor on the learning rate: linear warm-up, then linear to `final`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return final + (1 - final) * max(0.0, (steps - step) / max(1, steps - warmup))
 
 
-# ============================================================================================== 5 segment tags
-
-@dataclass
-class Segment:
-    """What a pair of tags asked for, and what came of it. `reason` says why it was not heard."""
-    text: str
-    start_s: float | None = None
-    end_s: float | None = None
-    heard: bool = False
-    reason: str | None = None
+FREE = ("out", "device", "save_every", "log_every", "tokens_per_batch", "checkpointing", "retrain",
+        "stage", "max_rows")  # settings that may change while a run goes on
 
 
-TIME = r"(?:([0-9]+):(?=[0-5]?[0-9](?:[.\s,s]|$)))?([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*s?"   # 2  2.5  .5  2.5s  2.5 s  1:02.5
-SEGMENT = re.compile(rf"\s*{TIME}\s*,\s*{TIME}\s*")
+def check_settings(folder, before, now):
+    for k, v in now.items():
+        if k not in FREE and before.get(k, v) != v:
+            raise EchoError(f"{folder} was begun with {k} = {before[k]}, now it is {v}; give the "
+                            "same value, another --out, or --retrain")
 
 
-REASONS = ("malformed", "reversed", "outside the clip", "too short", "too many turns", "text reasoning", "no room left")
-
-
-def parse_segment(text, duration_s, turns=0, config=Config):
-    """The text between <seg> and </seg> -> Segment. Never raises; `reason` is None if it can be heard, else one of
-    the first five REASONS (`turns`: how many were heard before). The last two are given while decoding."""
-    match = SEGMENT.fullmatch(text)
-    if not match:
-        return Segment(text, reason="malformed")
-    m1, s1, m2, s2 = match.groups()
-    start_s, end_s = float(m1 or 0) * 60 + float(s1), float(m2 or 0) * 60 + float(s2)
-    reason = ("reversed" if end_s < start_s else
-              "outside the clip" if not end_s <= duration_s + 1e-6 else
-              "too short" if end_s - start_s < config.min_segment_s - 1e-6 else
-              "too many turns" if turns >= config.max_turns else None)
-    return Segment(text, start_s, end_s, reason=reason)
-
-
-# ============================================================================================== 6 interleaved decoding
-
-@dataclass
-class Rollout:
-    """A response being written, and its trace."""
-    sample: Sample              # prompt, sampled ids and inserted audio
-    wave: torch.Tensor          # the original clip
-    n_prompt: int               # length of the prompt in ids
-    logprobs: list = field(default_factory=list)  # of the sampled ids, at the sampling temperature
-    segments: list = field(default_factory=list)  # a Segment for each </seg>
-    ended: str | None = None    # "eos" or "length"
-    text: str = ""              # the response as it was written
-    confidence: float = 0.0     # the policy's probability of the first answer token
-
-    @property
-    def heard(self):
-        return [s for s in self.segments if s.heard]
-
-
-INSERTS = {  # what is heard when a segment is asked for; the last two are controls
-    "segment": lambda wave, start, end, rng: wave[start:end],
-    "random": lambda wave, start, end, rng: wave[(k := int(rng.integers(len(wave) - (end - start) + 1))):k + end - start],
-    "silence": lambda wave, start, end, rng: torch.zeros_like(wave[start:end]),
-}
-
-
-@torch.no_grad()
-def rollouts(model, prompts, waves, group=1, reasoning="interleaved", temperature=1.0, max_new_tokens=120,
-             insert="segment", seeds=None, watch=None):
-    """Decode `group` responses to each prompt, all rows in one batch with one KV cache. Returns Rollouts, prompt by prompt.
-
-    prompts: Samples; waves: their clips, (N,). temperature 0 is greedy. seeds: one for each row; a row's draws
-    depend on its seed alone, not on its neighbours. reasoning "text" hears nothing. watch(row, new ids, Segment or None).
-
-    A row that closes a segment waits; when every row has closed one or ended, the waiting segments are encoded
-    and prefilled together. New ids are padded on the left, so the last column is always each row's newest token.
-    """
-    rows = [Rollout(p.copy(), w, len(p.ids)) for p, w in zip(prompts, waves) for _ in range(group)]
-    seeds = seeds if seeds is not None else range(len(rows))
-    draws = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds])
-    cache = DynamicCache(config=model.decoder.config)
-    ids, position, mask, spans = model.collate(prompts, left=True)
-    hidden = model.hidden(ids, position, mask, spans, cache)[:, -1].repeat_interleave(group, 0)
-    cache.batch_repeat_interleave(group)                          # each prompt is encoded once
-    mask = mask.repeat_interleave(group, 0)
-    cached = [r.n_prompt for r in rows]                           # ids of each row that the cache holds
-    batch = list(range(len(rows)))                                # rows still in the cache
-    running, waiting = list(batch), []
-    while True:
-        for i, (token, logp, confidence) in zip(running, sample_tokens(model, hidden, rows, running, draws, temperature)):
-            add_token(model, rows[i], token, logp, confidence, reasoning, max_new_tokens)
-            if token == model.seg_end_id and insert_segment(model, rows[i], insert, seeds[i]):
-                waiting.append(i)
-            if watch:
-                watch(i, token, rows[i].segments[-1] if token == model.seg_end_id else None)
-        running = [i for i in running if not rows[i].ended and i not in waiting]
-        if not running:
-            running, waiting = sorted(waiting), []
-        if not running:
-            break
-        now, alive = set(running), set(running + waiting)
-        if len(alive) <= len(batch) // 2:                         # drop ended rows from the cache
-            keep = torch.tensor([k for k, i in enumerate(batch) if i in alive], device=mask.device)
-            cache.batch_select_indices(keep)
-            mask, batch = mask[keep], [i for i in batch if i in alive]
-        since = [cached[i] if i in now else len(rows[i].sample.ids) for i in batch]
-        ids, position, real, spans = model.collate([rows[i].sample for i in batch], since, left=True)
-        mask = torch.cat([mask, real], 1)
-        hidden = model.hidden(ids, position, mask, spans, cache)[[k for k, i in enumerate(batch) if i in now], -1]
-        for i in running:
-            cached[i] = len(rows[i].sample.ids)
-    for r in rows:
-        r.text = response_text(model, r)
-    return rows
-
-
-def sample_tokens(model, hidden, rows, running, draws, temperature):
-    """The next (token, its log-prob, its probability) for each running row, by inverse CDF of the row's own draws."""
-    logp = model.log_softmax(hidden, temperature or 1.0)                                 # (rows, V)
-    if temperature:
-        cdf = logp.exp().cumsum(-1)
-        u = draws[running, [len(rows[i].logprobs) for i in running]].to(cdf) * cdf[:, -1]
-        token = torch.searchsorted(cdf, u[:, None], right=True).clamp_max(cdf.shape[1] - 1)
-    else:
-        token = logp.argmax(-1, keepdim=True)
-    chosen = logp.gather(1, token)
-    return zip(token[:, 0].tolist(), chosen[:, 0].tolist(), chosen[:, 0].exp().tolist())
-
-
-def add_token(model, row, token, logp, confidence, reasoning, max_new_tokens):
-    """Append a sampled id; at </seg> note the segment in the trace, at eos or the limit end the row."""
-    if row.sample.ids[-1] == model.answer_id and row.sample.trained[-1]:
-        row.confidence = confidence
-    model.add_ids(row.sample, [token], trained=True)
-    row.logprobs.append(logp)
-    if token == model.seg_end_id:
-        row.segments.append(parse_segment(open_segment(model, row), len(row.wave) / model.config.sample_rate,
-                                          len(row.heard), model.config))
-        if reasoning == "text" and not row.segments[-1].reason:
-            row.segments[-1].reason = "text reasoning"
-    row.ended = "eos" if token in model.eos_ids else "length" if len(row.logprobs) >= max_new_tokens else None
-
-
-def open_segment(model, row):
-    """The text since the last <seg>, if no </seg> came in between; else what makes the tag malformed."""
-    ids = row.sample.ids[row.n_prompt:-1]
-    for k in range(len(ids) - 1, -1, -1):
-        if ids[k] == model.seg_id:
-            return model.tokenizer.decode(ids[k + 1:])
-        if ids[k] == model.seg_end_id:
-            break
-    return "</seg> without <seg>"
-
-
-def insert_segment(model, row, insert, seed):
-    """Append the audio of the newest segment, cut from the original waveform: x' = x + o + enc(A[s:e]) of the paper."""
-    segment = row.segments[-1]
-    if segment.reason or row.ended:
-        segment.reason = segment.reason or "no room left"
+def already_trained(folder, settings, retrain):
+    """Does the folder hold the model of a finished run with these settings (a dict)? `retrain`
+    removes it first."""
+    folder, rank = Path(folder), processes()[0]
+    if retrain and rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    barrier()
+    if not (folder / "model" / "echo.json").is_file():
         return False
-    start, end = (round(t * model.config.sample_rate) for t in (segment.start_s, segment.end_s))
-    piece = INSERTS[insert](row.wave, start, end, np.random.default_rng([seed, len(row.segments)]))
-    model.add_span(row.sample, Span(piece, segment.start_s))
-    segment.heard = True
+    begun = folder / "settings.json"
+    check_settings(folder, json.loads(begun.read_text()) if begun.is_file() else {}, settings)
+    if rank == 0:
+        print(f"{folder}: already trained (--retrain trains it again)")
     return True
 
 
-def response_text(model, row):
-    """The sampled ids as text, without eos."""
-    ids = [i for i, trained in zip(row.sample.ids, row.sample.trained) if trained and i not in model.eos_ids]
-    return model.tokenizer.decode(ids)
+class Training:
+    """Optimiser, log and saves of one training, which may be killed at any moment and run again.
 
-
-# ============================================================================================== 7 rewards and GRPO
-
-def extract_answer(text):
-    """What stands in the one <answer> block, or None. There is no fall-back."""
-    blocks = re.findall("<answer>(.*?)</answer>", text, re.S)
-    return blocks[0].strip() if len(blocks) == 1 else None
-
-
-def same_answer(a, b):
-    """Are two answers the same? Case, outer punctuation and spacing don't count."""
-    plain = lambda s: " ".join(s.casefold().split()).strip(" .,;:!?\"'")
-    return plain(a) == plain(b)
-
-
-def is_right(text, answer):
-    """Is the extracted answer the true one?"""
-    extracted = extract_answer(text)
-    return extracted is not None and same_answer(extracted, answer)
-
-
-def format_reward(text):
-    """0.5 for exactly one well-formed think block, then exactly one answer block."""
-    match = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", text, re.S)
-    return 0.5 if match and not re.search("</?(think|answer)>", match[1] + match[2]) else 0.0
-
-
-def consistency_reward(text):
-    """-0.1 for every </seg> after which nothing is said of what was heard: a capital, a tag or the end; at least -0.5."""
-    after = [part.lstrip() for part in text.split("</seg>")[1:]]
-    # between adjacent tags the part after the first is "<seg>..." and so starts with "<"
-    return max(-0.5, -0.1 * sum(not part or part[0] == "<" or part[0].isupper() for part in after))
-
-
-def paper_reward(rollout, answer):
-    """The four rewards of the paper, by name; their sum lies between -0.5 and 1.5."""
-    right = is_right(rollout.text, answer)
-    return {"format": format_reward(rollout.text), "consistency": consistency_reward(rollout.text),
-            "accuracy": 0.5 * right, "segment": 0.5 * (right and bool(rollout.heard))}
-
-
-def confidence_reward(rollout, answer):
-    """The variant of the authors' script: accuracy weighs c, the policy's probability of the first answer token."""
-    right, c = is_right(rollout.text, answer), rollout.confidence
-    accuracy = 0.5 * (1 - (1 - c) ** 2) if right else -0.5 * c ** 2
-    return {"format": format_reward(rollout.text), "consistency": consistency_reward(rollout.text),
-            "accuracy": accuracy, "segment": accuracy * (right and bool(rollout.heard))}
-
-
-REWARDS = {"paper": paper_reward, "confidence": confidence_reward}  # yours: one function (rollout, answer) -> {name: value}
-
-
-def group_advantages(rewards, eps=1e-4):
-    """A_i = (R_i - mean(R)) / (std(R) + eps) within each group: (questions, G) -> (questions, G). Flat groups get 0."""
-    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, correction=0, keepdim=True) + eps)
-
-
-def grpo_loss(logp, old_logp, ref_logp, advantage, clip=0.2, kl_weight=0.04):
-    """The GRPO objective of each token (arXiv 2402.03300, eq. 3), as a loss; all arguments and results are (n,).
-
-        ratio = exp(logp - old_logp)
-        loss  = -min(ratio A, clip(ratio, 1 - c, 1 + c) A) + kl_weight k3
-        k3    = exp(ref - logp) - (ref - logp) - 1          (an unbiased, never negative estimate of KL(policy || ref))
-    Returns loss, k3, and whether the ratio was clipped.
+    All randomness of a training is drawn from (seed, step): step, trained weights and optimiser are
+    all there is to save. `settings` is a dict, the same when a run goes on. `rates` names parts of
+    the module with a learning rate of their own, as a factor.
     """
-    ratio = torch.exp(logp - old_logp)
-    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    k3 = torch.exp(ref_logp - logp) - (ref_logp - logp) - 1
-    clipped = (ratio * advantage > ratio.clamp(1 - clip, 1 + clip) * advantage).float()
-    return -surrogate + kl_weight * k3, k3.detach(), clipped
+    def __init__(self, folder, module, settings, rates={}):
+        self.folder, self.step, self.log_bytes = Path(folder), 0, 0
+        self.settings, (self.rank, self.world) = settings, processes()
+        self.trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
+        groups = {}
+        for k, p in self.trained.items():
+            groups.setdefault(rates.get(k.split(".")[0], 1.0), []).append(p)
+        groups = [{"params": params, "rate": rate} for rate, params in groups.items()]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0,
+                                           fused=True)
+        self.device = next(iter(self.trained.values())).device
+        self.resume()
+
+    def saves(self):
+        found = (self.folder / "saves").glob("step-*")
+        return sorted(p for p in found if p.suffix not in (".tmp", ".old"))
+
+    def resume(self):
+        if self.saves():
+            file = self.saves()[-1] / "training.pt"
+            saved = torch.load(file, map_location=self.device, weights_only=True)
+            check_settings(self.folder, saved["settings"], self.settings)
+            with torch.no_grad():
+                for k, p in self.trained.items():
+                    p.copy_(saved["trained"][k])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.log_bytes = saved["step"], saved["log_bytes"]
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=2))
+            with open(self.folder / "log.jsonl", "ab") as log:
+                log.truncate(self.log_bytes)  # what came after the last save happens again
+
+    def save(self):
+        """Save everything, atomically; keep the last two saves."""
+        if self.rank == 0:
+            saved = {"trained": {k: p.detach() for k, p in self.trained.items()},
+                     "optimizer": self.optimizer.state_dict(), "step": self.step,
+                     "log_bytes": self.log_bytes, "settings": self.settings}
+            write_folder(self.folder / "saves" / f"step-{self.step:06d}",
+                         lambda temporary: torch.save(saved, temporary / "training.pt"))
+            for old in self.saves()[:-2]:
+                shutil.rmtree(old)
+        barrier()
+
+    def log(self, show=(), **metrics):
+        """A JSON line with everything, and the metrics in `show` as a line for people; rank 0."""
+        if self.rank:
+            return
+        entry = {"step": self.step}
+        for k, v in metrics.items():
+            entry[k] = float(f"{v:.7g}") if isinstance(v, float) else v
+        said = [f"{k} {entry[k]:.3g}" for k in show if k in entry]
+        tqdm.write(f"step {self.step}  " + "  ".join(said))
+        with open(self.folder / "log.jsonl", "ab") as log:
+            log.write((json.dumps(entry) + "\n").encode())
+            self.log_bytes = log.tell()
+
+    def batch(self, n, size, seed):
+        """This process's share of a step's batch: indices into n rows, each once an epoch, in an
+        order drawn from `seed`."""
+        at = np.arange(self.step * size, (self.step + 1) * size)
+        order = {e: np.random.default_rng([seed, e]).permutation(n) for e in set(at // n)}
+        return [int(order[k // n][k % n]) for k in at][self.rank::self.world]
+
+    def sum(self, *values):
+        """The sum of each value over all processes."""
+        total = torch.tensor([float(v) for v in values], dtype=torch.float64)
+        if self.world > 1:
+            total = total.to(self.device)
+            torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def mean(self, metrics, n):
+        """The mean of a dict of metrics over all processes, this one's counted n times."""
+        total, *values = self.sum(n, *(n * v for v in metrics.values()))
+        return {k: v / total for k, v in zip(metrics, values)}
+
+    def update(self, lr, clip_norm=1.0):
+        """One step of the optimiser, on the gradient summed over processes and clipped."""
+        parameters = list(self.trained.values())
+        if self.world > 1:
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                torch.distributed.all_reduce(p.grad)
+        if not nn.utils.clip_grad_norm_(parameters, clip_norm).isfinite():
+            raise EchoError(f"{self.folder}, step {self.step}: the gradient is not finite; the last "
+                            "save is good, go on from it with a lower learning rate in another --out")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["rate"]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
-def listening(responses):
-    """What was listened to, over a list of Rollouts; each metric is defined in the README."""
-    heard = [r.heard for r in responses]
-    n, seconds = max(1, len(responses)), sum(s.end_s - s.start_s for h in heard for s in h)
+def ask(model, questions, waves, group=1, **decoding):
+    """Rollouts of `group` responses to each Question about its clip; see rollouts()."""
+    prompts = []
+    for q, features in zip(questions, model.hear(waves, first_listen=True) if waves else ()):
+        prompts.append(model.prompt(features, q.question, q.choices))
+    return rollouts(model, prompts, waves, group, **decoding)
+
+
+def response_metrics(responses):
+    """Means over a list of Rollouts; each is defined in the README."""
+    n, heard = max(1, len(responses)), [s for r in responses for s in r.heard]
+    seconds = sum(s.end_s - s.start_s for s in heard)
     tags = [s.reason for r in responses for s in r.segments]
-    return {"segments": sum(map(len, heard)) / n, "segment_s": seconds / max(1, sum(map(len, heard))),
-            "overlap": (seconds - sum(map(covered, heard))) / max(seconds, 1e-9), "listened_once": sum(len(h) >= 1 for h in heard) / n,
-            "listened_twice": sum(len(h) >= 2 for h in heard) / n, "length": sum(len(r.logprobs) for r in responses) / n,
-            "truncated": sum(r.ended == "length" for r in responses) / n,
-            "no_answer": sum(extract_answer(r.text) is None for r in responses) / n,
-            "rejected": {reason: tags.count(reason) / len(tags) for reason in REASONS if reason in tags}}
+    shares = {"listened_once": [len(r.heard) >= 1 for r in responses],
+              "listened_twice": [len(r.heard) >= 2 for r in responses],
+              "truncated": [r.ended == "length" for r in responses],
+              "no_answer": [extract_answer(r.text) is None for r in responses]}
+    return {"segments": len(heard) / n, "segment_s": seconds / max(1, len(heard)),
+            "short_segments": sum(s.end_s - s.start_s < 0.4 for s in heard) / max(1, len(heard)),
+            "overlap": 1 - sum(covered(r.heard) for r in responses) / seconds if seconds else 0.0,
+            **{k: sum(x) / n for k, x in shares.items()},
+            "length": sum(len(r.logprobs) for r in responses) / n,
+            "audio_tokens": sum(r.sample.ids.count(AUDIO) for r in responses) / n,
+            "padding": 1 - sum(r.cached for r in responses) / max(1, sum(r.computed for r in responses)),
+            **{f"rejected_{x.replace(' ', '_')}": tags.count(x) / max(1, len(tags)) for x in REASONS}}
 
 
 def covered(segments):
@@ -843,325 +1257,20 @@ def covered(segments):
     return total
 
 
-def interval(right, n):
-    """The Wilson 95% interval of a share, right of n."""
-    if not n:
-        return 0.0, 1.0
-    p, z = right / n, 1.96
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
-def response_weights(samples, n_responses):
-    """(n,) weight of each trained token: the mean over a response's tokens, then over all `n_responses`."""
-    return torch.cat([torch.full((sum(s.trained),), 1 / sum(s.trained) / n_responses) for s in samples])
-
-
-# ============================================================================================== 8 checkpoints
-
-def write_atomically(path, data):
-    """Write bytes or text whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data if isinstance(data, bytes) else data.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_folder(folder, fill):
-    """Fill a new folder under a temporary name, then put it in the place of `folder`: whole or not at all."""
-    folder = Path(folder)
-    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    fill(temporary)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def save(model, folder):
-    """Decoder and tokenizer as transformers saves them, the rest as echo.safetensors, the config as echo.json."""
-    def fill(tmp):
-        model.decoder.save_pretrained(tmp)
-        model.tokenizer.save_pretrained(tmp)
-        rest = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("decoder.")}
-        save_file(rest, tmp / "echo.safetensors")
-        described = {"config": dataclasses.asdict(model.config)}
-        if isinstance(model.encoder, WhisperEncoder):
-            described["whisper"] = model.encoder.whisper.config.to_dict()
-            described["extractor"] = model.encoder.extractor.to_dict()
-        (tmp / "echo.json").write_text(json.dumps(described, indent=2))
-    write_folder(folder, fill)
-
-
-def load(folder, device="cpu"):
-    """The model that save() wrote to a folder, or to the folder's model/; in eval mode."""
-    folder = Path(folder)
-    folder = folder if (folder / "echo.json").is_file() else folder / "model"
-    if not (folder / "echo.json").is_file():
-        raise EchoError(f"{folder.parent}: no Echo checkpoint there (no echo.json); train one, or give another folder with --model")
-    try:
-        described = json.loads((folder / "echo.json").read_text())
-        config = Config(**described["config"])
-        decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # as saved; AutoTokenizer would make it Qwen's
-        if "whisper" in described:
-            whisper = WhisperModel(WhisperConfig(**described["whisper"])).encoder
-            encoder = WhisperEncoder(config, whisper, WhisperFeatureExtractor(**described["extractor"]))
-        else:
-            encoder = SmallEncoder(config)
-        model = Echo(config, encoder, decoder, tokenizer)
-        missing = model.load_state_dict(load_file(folder / "echo.safetensors"), strict=False)
-        lost = [k for k in missing.missing_keys if not k.startswith("decoder.")] + missing.unexpected_keys
-        if lost:
-            raise ValueError(f"{lost[0]} does not fit")
-    except EchoError:
-        raise
-    except Exception as error:
-        raise EchoError(f"{folder}: broken checkpoint, {str(error).splitlines()[0][:160]}") from None
-    return model.to(device).eval()
-
-
-# ============================================================================================== 9 rows of data
-
-def write_jsonl(path, rows):
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_rows(path, needs=()):
-    """Rows of a JSON list or of JSON lines, each a dict with text under the keys `needs`."""
-    path = Path(path)
-    if not path.is_file():
-        raise EchoError(f"{path}: no such file; python make_data.py makes the toy's data/")
-    text = path.read_text(encoding="utf-8")
-    try:
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            rows = []
-            for number, line in enumerate(text.splitlines(), 1):
-                if line.strip():
-                    rows.append(json.loads(line))
-    except json.JSONDecodeError as error:
-        where = f"row {number}" if "number" in locals() else f"line {error.lineno}"
-        raise EchoError(f"{path}, {where}: not JSON ({error.msg})") from None
-    for number, row in enumerate(rows, 1):
-        lacking = [k for k in needs if not isinstance(row, dict) or not row.get(k)]
-        if lacking:
-            raise EchoError(f"{path}, row {number}: no {lacking[0]!r}; needed: {', '.join(needs)}")
-    if not rows:
-        raise EchoError(f"{path}: no rows")
-    return rows
-
-
-@dataclass
-class Question:
-    """A row in the published formats: the native one, MMAR's (choices) or MMAU's (audio_id, choices)."""
-    row: dict
-    path: Path
-    question: str
-    choices: list
-    answer: str | None
-    category: str
-
-
-def read_questions(path, audio_root=None, needs=("answer",)):
-    """Questions of a data file. Audio paths are relative to `audio_root`, by default the data file's folder."""
-    questions = []
-    for number, row in enumerate(read_rows(path, ("question", *needs)), 1):
-        audio, choices = row.get("audio_path") or row.get("audio_id"), row.get("multi_choice", row.get("choices"))
-        if not isinstance(audio, str):
-            raise EchoError(f"{path}, row {number}: no 'audio_path' (or 'audio_id')")
-        if not isinstance(choices, list) or not choices or not all(isinstance(c, str) for c in choices):
-            raise EchoError(f"{path}, row {number}: no 'multi_choice' (or 'choices'), a list of texts")
-        category = row.get("category") or row.get("task") or "all"
-        questions.append(Question(row, Path(audio_root or Path(path).parent) / audio, row["question"], choices,
-                                  row.get("answer"), str(category)))
-    return questions
-
-
-class Clips:
-    """Spans of audio files, each encoded once, by itself: then a run that was killed goes on with the very same numbers."""
-
-    def __init__(self, model):
-        self.model, self.spans = model, {}
-
-    def span(self, path, start_s=None, end_s=None):
-        """The first listen of a clip, or a re-listened segment of it."""
-        key = (path, start_s, end_s)
-        if key not in self.spans:
-            rate = self.model.config.sample_rate
-            wave = load_audio(path, rate)
-            self.spans[key] = Span(wave, first_listen=True) if start_s is None else Span(cut(wave, start_s, end_s, rate), start_s)
-            self.model.listen([self.spans[key]])
-        return self.spans[key]
-
-
-# ============================================================================================== 10 a training run
-
-def pick_device(name="auto"):
-    """The device of this process; under torchrun also its rank and the number of processes."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        device = torch.device(f"cuda:{local}" if name == "cuda" else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise EchoError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, int(os.environ.get("RANK", 0)), world
-
-
-def linear_schedule(step, steps, warmup=0, final=0.0):
-    """Factor on the learning rate: linear warm-up, then linear to `final`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return final + (1 - final) * max(0.0, (steps - step) / max(1, steps - warmup))
-
-
-def fixed(settings):
-    """The settings that a run can't change on the way, as a dict."""
-    free = ("out", "device", "save_every", "log_every", "tokens_per_batch", "checkpointing", "retrain", "stage")
-    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in free}
-
-
-def same_settings(folder, before, now):
-    for k, v in now.items():
-        if before.get(k, v) != v:
-            raise EchoError(f"{folder} was begun with {k} = {before[k]}, now it is {v}; give the same value, another --out, or --retrain")
-
-
-def finished(folder, settings, retrain, rank, world):
-    """Does the folder hold the model of a finished run with these settings? `retrain` removes it first."""
-    folder = Path(folder)
-    if retrain and rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    if world > 1:
-        torch.distributed.barrier()
-    if not (folder / "model" / "echo.json").is_file():
-        return False
-    begun = folder / "settings.json"
-    same_settings(folder, json.loads(begun.read_text()) if begun.is_file() else {}, settings)
-    if rank == 0:
-        print(f"{folder}: already trained (--retrain trains it again)")
-    return True
-
-
-class Training:
-    """Optimiser, log and saves of one training, which may be killed at any moment and run again.
-
-    All randomness of a training is drawn from (seed, step), so step, weights and optimiser are all there is to save.
-    `state` is a dict of numbers that the loop wants saved too; `settings` a dict, the same when a run goes on.
-    Under torchrun every process holds one; `rank` of `world`.
-    """
-    def __init__(self, folder, module, settings, device, rank=0, world=1, betas=(0.9, 0.95)):
-        self.folder, self.module, self.rank, self.world = Path(folder), module, rank, world
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
-        self.settings, self.step, self.state, self.log_bytes = settings, 0, {}, 0
-        self.resume(device)
-        self.ddp = DistributedDataParallel(module) if world > 1 else module
-
-    def saves(self):
-        return sorted(p for p in (self.folder / "saves").glob("step-*") if p.suffix not in (".tmp", ".old"))
-
-    def resume(self, device):
-        if self.saves():
-            path = self.saves()[-1]
-            saved = torch.load(path / "training.pt", map_location=device, weights_only=True)
-            same_settings(self.folder, saved["settings"], self.settings)
-            self.module.load_state_dict(saved["module"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.step, self.state, self.log_bytes = saved["step"], saved["state"], saved["log_bytes"]
-        if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=2))
-            with open(self.folder / "log.jsonl", "ab") as log:  # what was logged after the last save happens again
-                log.truncate(self.log_bytes)
-
-    def save(self):
-        """Save everything, atomically; keep the last two saves."""
-        if self.rank == 0:
-            saved = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
-                     "state": self.state, "log_bytes": self.log_bytes, "settings": self.settings}
-            write_folder(self.folder / "saves" / f"step-{self.step:06d}", lambda tmp: torch.save(saved, tmp / "training.pt"))
-            for old in self.saves()[:-2]:
-                shutil.rmtree(old)
-        if self.world > 1:
-            torch.distributed.barrier()
-
-    def log(self, **metrics):
-        """One line for people and one JSON line; rank 0 alone."""
-        metrics = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in {"step": self.step, **metrics}.items()}
-        if self.rank == 0:
-            show = lambda v: f"{v:.3g}" if isinstance(v, float) else json.dumps(v) if isinstance(v, dict) else v
-            tqdm.write("  ".join(f"{k} {show(v)}" for k, v in metrics.items()))
-            with open(self.folder / "log.jsonl", "ab") as log:
-                log.write((json.dumps(metrics) + "\n").encode())
-                self.log_bytes = log.tell()
-
-    def batch(self, n, size, seed):
-        """This process's share of the step's batch: indices into n rows, each once an epoch, in an order drawn from `seed`."""
-        at = np.arange(self.step * size, (self.step + 1) * size)
-        order = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in set(at // n)}
-        return [int(order[k // n][k % n]) for k in at][self.rank::self.world]
-
-    def sum(self, *values):
-        """The sum of each value over all processes."""
-        total = torch.tensor([float(v) for v in values], dtype=torch.float64)
-        if self.world > 1:
-            total = total.to(self.parameters[0].device, torch.float32 if self.parameters[0].is_cuda else torch.float64)
-            torch.distributed.all_reduce(total)
-        return total.tolist()
-
-    def mean(self, metrics, n):
-        """The mean of a dict of metrics over all processes, this one's counted n times; shares in `rejected` too."""
-        flat = {k: v for k, v in metrics.items() if k != "rejected"} | {r: metrics.get("rejected", {}).get(r, 0.0) for r in REASONS}
-        total, *values = self.sum(n, *(n * v for v in flat.values()))
-        flat = {k: v / total for k, v in zip(flat, values)}
-        return {k: v for k, v in flat.items() if k not in REASONS} | {"rejected": {r: flat[r] for r in REASONS if flat[r]}}
-
-    def backward(self, samples, loss, tokens_per_batch, temperature=1.0):
-        """Accumulate the gradient of loss(slice of the trained tokens, logp, entropy), a sum, over micro-batches."""
-        batches, done = micro_batches([len(s.ids) for s in samples], tokens_per_batch), 0
-        for batch in batches:
-            with self.ddp.no_sync() if self.world > 1 and batch is not batches[-1] else nullcontext():
-                logp, entropy = self.ddp([samples[i] for i in batch], temperature)
-                value = loss(slice(done, done + len(logp)), logp, entropy)
-                (value * self.world).backward()                  # DDP averages over processes; we sum
-            done += len(logp)
-
-    def update(self, lr, clip=1.0):
-        """One step of the optimiser on the clipped gradient."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, clip)
-        if not norm.isfinite():
-            raise EchoError(f"{self.folder}, step {self.step}: the gradient is not finite; the last save is good, go on from it with a lower learning rate in another --out")
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-def evaluate(training, model, questions, reasoning, max_new_tokens, batch=50):
-    """Greedy accuracy, by category too, and what was listened to; split over the processes. Returns metrics to log."""
+def evaluate(training, model, questions, batch=50, **decoding):
+    """Greedy accuracy, by category too, and what was listened to; split over the processes."""
     mine, responses = questions[training.rank::training.world], []
     model.eval()
-    for at in tqdm(range(0, len(mine), batch), desc="evaluation", leave=False, disable=training.rank > 0):
-        waves = [load_audio(q.path, model.config.sample_rate) for q in mine[at:at + batch]]
-        prompts = [model.prompt(w, q.question, q.choices) for w, q in zip(waves, mine[at:at + batch])]
-        responses += rollouts(model, prompts, waves, 1, reasoning, 0.0, max_new_tokens)
-    categories = sorted({q.category for q in questions})
-    right = [(q.category, is_right(r.text, q.answer)) for q, r in zip(mine, responses)]
-    counts = [sum(ok for c, ok in right if c == category) for category in categories]
-    total = training.sum(*counts)
-    metrics = {"eval_accuracy": sum(total) / len(questions)}
-    metrics |= {f"eval_{c}": t / sum(q.category == c for q in questions) for c, t in zip(categories, total)}
-    return metrics | {f"eval_{k}": v for k, v in training.mean(listening(responses), len(responses)).items()}
+    for at in tqdm(range(0, len(mine), batch), desc="evaluation", leave=False,
+                   disable=training.rank > 0):
+        some = mine[at:at + batch]
+        waves = [load_audio(q.path, model.config.sample_rate) for q in some]
+        responses += ask(model, some, waves, temperature=0.0, **decoding)
+    right = {c: [0, 0] for c in ("accuracy", *sorted({q.category for q in questions}))}
+    for q, r in zip(mine, responses):
+        for c in ("accuracy", q.category):
+            right[c] = [right[c][0] + is_right(r.text, q.answer), right[c][1] + 1]
+    totals = training.sum(*(x for pair in right.values() for x in pair))
+    metrics = {c: totals[2 * k] / max(1, totals[2 * k + 1]) for k, c in enumerate(right)}
+    metrics |= training.mean(response_metrics(responses), len(responses))
+    return {f"eval_{k}": v for k, v in metrics.items()}

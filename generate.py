@@ -3,125 +3,133 @@
     python generate.py                                                  # a held-out toy clip
     python generate.py clip.wav "How many pulses has the hum?" --choices two three four five
     python generate.py --benchmark data/test.jsonl --output runs/test.jsonl
-    python generate.py --html trace.html                                # with any of these: a page that shows it
-    python generate.py --report runs/rl --against runs/rl-text          # how training went, as a page
+    python generate.py --html trace.html                       # with any of these: a page of it
+    python generate.py --report runs/rl --against runs/rl-text # how training went, as a page
 
-Decoding is the very function that train_rl.py rolls out with. Left out: streaming audio in, batching over clips of
-one conversation, sampling several answers and voting.
+Decoding is the very function that train_rl.py rolls out with. Left out: streaming audio in, several
+questions in one conversation, sampling several answers and voting.
 """
 import base64
+import dataclasses
 import json
-import re
+import math
 import struct
 import sys
 import time
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+import torch
 import torchaudio
 from tqdm import tqdm
 
-from echo import (INSERTS, EchoError, Rollout, Segment, attention_shares, extract_answer, interval, listening, load,
-                  load_audio, main, parse_settings, pick_device, read_questions, rollouts, same_answer, wav_bytes,
-                  write_atomically)
+from echo import (AUDIO, INSERTS, REASONS, EchoError, Question, Rollout, Sample, Segment, ask,
+                  extract_answer, load, load_audio, main, parse_settings, pick_device,
+                  read_questions, require, response_metrics, same_answer, set_precision,
+                  set_trainable, split_segments, write_atomically)
+from make_data import wav_bytes
 
 
 @dataclass
 class Settings:
-    clip: str | None = None          # a WAV file
-    question: str | None = None      # what to ask about it
-    choices: list[str] = field(default_factory=list)  # the answers to choose from
+    clip: str = ""                   # a WAV file
+    question: str = ""               # what to ask about it
+    choices: tuple = ()              # the answers to choose from
     model: str = "runs/rl"           # checkpoint folder
     reasoning: str = "interleaved"   # or text: segments are written but not heard
-    insert: str = "segment"          # controls: random (another segment of the same length) or silence
+    insert: str = "segment"          # controls: random (another place, same length) or silence
     temperature: float = 0.0         # 0: greedy, as in the README's tables; the paper samples at 0.7
-    max_new_tokens: int = 120        # sampled tokens at most
+    max_new_tokens: int = 0          # sampled tokens at most; 0: the model's own limit
     seed: int = 0                    # of the draws, and of the random control
     device: str = "auto"             # cuda if there is one, else cpu
+    dtype: str = "auto"              # fp32 or bf16; auto: bf16 for a pretrained decoder
     json: bool = False               # print one JSON object instead of the stream
-    benchmark: str | None = None     # a data file: toy, native, MMAR or MMAU rows
-    output: str | None = None        # where the answered rows go; an interrupted run goes on from what is there
-    audio_root: str | None = None    # audio paths are relative to this folder; none: to the data file's
+    benchmark: str = ""              # a data file: toy, native, MMAR or MMAU rows
+    output: str = ""                 # for the answered rows; an interrupted run goes on from it
+    audio_root: str = ""             # audio paths are relative to it, or to the data file's folder
     batch: int = 50                  # questions decoded together
-    limit: int | None = None         # only the first so many questions
-    html: str | None = None          # write a page: the trace of a clip, or an index of a benchmark's traces
-    report: str | None = None        # a run's folder: write its report.html
-    against: str | None = None       # another run, shown in the same charts
+    limit: int = 0                   # only the first so many questions
+    html: str = ""                   # write a page: a trace, or an index of a benchmark's traces
+    report: str = ""                 # a run's folder: write its report.html
+    against: str = ""                # another run, shown in the same charts
     POSITIONAL = ("clip", "question")
 
 
-def answer(model, questions, waves, settings, watch=None):
-    """Rollouts for some (question, choices), one each."""
-    prompts = [model.prompt(w, text, choices) for w, (text, choices) in zip(waves, questions)]
-    return rollouts(model, prompts, waves, 1, settings.reasoning, settings.temperature, settings.max_new_tokens,
-                    settings.insert, range(settings.seed, settings.seed + len(waves)), watch)
+def answer(model, questions, waves, settings, **more):
+    """Rollouts for some Questions, one each."""
+    return ask(model, questions, waves, reasoning=settings.reasoning, insert=settings.insert,
+               temperature=settings.temperature, max_new_tokens=settings.max_new_tokens,
+               seeds=range(settings.seed, settings.seed + len(waves)), **more)
 
 
 def trace(rollout):
     """The part of a Rollout that --json prints."""
-    segments = [{"text": s.text, "start_s": s.start_s, "end_s": s.end_s, "heard": s.heard, "reason": s.reason}
-                for s in rollout.segments]
-    return {"answer": extract_answer(rollout.text), "response": rollout.text, "segments": segments, "ended": rollout.ended}
+    return {"answer": extract_answer(rollout.text), "response": rollout.text,
+            "segments": [dataclasses.asdict(s) for s in rollout.segments], "ended": rollout.ended}
 
 
-# ---------------------------------------------------------------------------------------------- one clip
+# ---------------------------------------------------------------------------------- one clip
 
 def answer_clip(model, settings):
-    """Ask about one clip; stream the reasoning as it is written and show where it stops to listen."""
-    truth, path, text, choices = None, settings.clip, settings.question, settings.choices
-    if not path:
+    """Ask about one clip; stream the reasoning as it is written, and where it stops to listen."""
+    q = Question({}, Path(settings.clip), settings.question, list(settings.choices), None, "")
+    if not settings.clip:
         q = next(q for q in read_questions("data/test.jsonl") if q.category == "count_after")
-        truth, path, text, choices = q.answer, q.path, q.question, q.choices
-    elif not text:
+    elif not settings.question:
         raise EchoError('no question: python generate.py clip.wav "question" --choices a b c d')
-    wave = load_audio(path, model.config.sample_rate)
-    written = []
+    wave = load_audio(q.path, model.config.sample_rate)
+    shown = 0
 
-    def stream(row, token, segment):
-        before = model.tokenizer.decode(written)
-        if token not in model.eos_ids:
-            written.append(token)
-        print(model.tokenizer.decode(written)[len(before):], end="", flush=True)
+    def stream(row, segment):
+        nonlocal shown
+        print(row.text[shown:], end="", flush=True)
+        shown = len(row.text)
         if segment:
-            what = f"listens to {segment.start_s:.2f} to {segment.end_s:.2f} s" if segment.heard else f"not heard: {segment.reason}"
+            place = f"{segment.start_s:.2f} to {segment.end_s:.2f} s" if segment.heard else ""
+            what = f"listens to {place}" if segment.heard else f"not heard: {segment.reason}"
             print(f" [{what}]", end="", flush=True)
     if not settings.json:
-        print(f"{path} ({len(wave) / model.config.sample_rate:.1f} s)\n{text} {', '.join(choices)}\n")
+        seconds = len(wave) / model.config.sample_rate
+        print(f"{q.path} ({seconds:.1f} s)\n{q.question} {', '.join(q.choices)}\n")
     began = time.time()
-    rollout = answer(model, [(text, choices)], [wave], settings, None if settings.json else stream)[0]
+    rollout = answer(model, [q], [wave], settings, watch=None if settings.json else stream)[0]
     if settings.json:
         print(json.dumps(trace(rollout), ensure_ascii=False))
     else:
         said = extract_answer(rollout.text)
-        print(f"\n\nanswer: {said if said is not None else '(none: no single <answer> block)'}"
-              + (f"   truth: {truth}" if truth else "") + f"   ({time.time() - began:.1f} s)")
+        said = "(none: no single <answer> block)" if said is None else said
+        truth = f"   truth: {q.answer}" if q.answer else ""
+        print(f"\n\nanswer: {said}{truth}   ({time.time() - began:.1f} s)")
     if settings.html:
-        trace_page(settings.html, model, wave, text, choices, truth, rollout, settings)
+        trace_page(settings.html, model, wave, q, rollout, settings)
         print(f"wrote {settings.html}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------------- a benchmark
+# ---------------------------------------------------------------------------------- a benchmark
 
 def run_benchmark(model, settings):
-    """Answer every row of a data file; returns the exit code, 1 if the audio of a row was missing or broken.
+    """Answer every row of a data file; returns the exit code, 1 if a row's audio was unusable.
 
-    Each row is written back with all its fields, plus answer_prediction (read by MMAR's evaluator) and model_output
-    (by MMAU's), the answer's text alone, and the trace. What is done so far stands in OUTPUT.part, so an interrupted
-    run goes on; OUTPUT itself, in the format of the data file, appears whole at the end.
+    Each row is written back with all its fields, plus the answer's text alone as answer_prediction
+    (read by MMAR's evaluator) and as model_output (by MMAU's), and the trace. What is done so far
+    stands in OUTPUT.part; OUTPUT itself, in the format of the data file, appears whole at the end.
     """
-    questions = read_questions(settings.benchmark, settings.audio_root, needs=())[:settings.limit]
+    questions = read_questions(settings.benchmark, settings.audio_root, needs=())
+    questions = questions[:settings.limit or None]
     part, done = open_part(settings, questions)
-    for at in tqdm(range(len(done), len(questions), settings.batch), desc=Path(settings.benchmark).name, unit="batch"):
+    for at in tqdm(range(len(done), len(questions), settings.batch), unit="batch",
+                   desc=Path(settings.benchmark).name):
         rows = answer_batch(model, questions[at:at + settings.batch], settings)
         done += rows
         if part:
             with open(part, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                file.write(json_lines(rows))
     if part:
-        as_list = Path(settings.benchmark).read_text(encoding="utf-8").lstrip().startswith("[")
-        text = json.dumps(done, ensure_ascii=False, indent=2) if as_list else "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in done)
+        with open(settings.benchmark, encoding="utf-8-sig") as file:
+            as_list = file.read(4096).lstrip().startswith("[")
+        text = json.dumps(done, ensure_ascii=False, indent=2) if as_list else json_lines(done)
         write_atomically(settings.output, text)
         part.unlink()
     if settings.html:
@@ -129,83 +137,109 @@ def run_benchmark(model, settings):
         print(f"wrote {settings.html}", file=sys.stderr)
     summary = summarise(questions, done)
     print(json.dumps(summary) if settings.json else readable(summary))
-    broken = [r for r in done if "error" in r]
+    broken = [str(r.get("id")) for r in done if "error" in r]
     if broken:
-        print(f"{len(broken)} of {len(done)} rows have no usable audio: {', '.join(str(r.get('id')) for r in broken[:5])}"
-              + (" ..." if len(broken) > 5 else ""), file=sys.stderr)
+        print(f"{len(broken)} of {len(done)} rows have no usable audio: {', '.join(broken[:5])}"
+              + " ..." * (len(broken) > 5), file=sys.stderr)
     return 1 if broken else 0
 
 
+def json_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def open_part(settings, questions):
-    """The path of OUTPUT.part and the rows that an interrupted run left there; its first line says which run it was."""
+    """The path of OUTPUT.part and the rows that an interrupted run left there; its first line holds
+    the settings of that run."""
     if not settings.output:
         return None, []
     part = Path(settings.output + ".part")
-    run = {k: str(getattr(settings, k)) for k in ("benchmark", "model", "reasoning", "insert", "temperature", "seed", "limit")}
+    run = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("json", "html", "device")}
+    run = json.loads(json.dumps(run))
     done = []
     if part.is_file():
         whole = part.read_text(encoding="utf-8")
-        lines = whole[:whole.rfind("\n") + 1].splitlines()       # a half-written last line is answered again
-        if not lines or json.loads(lines[0]) != run:
-            raise EchoError(f"{part}: left by a run with other settings; give the same flags, or delete it")
-        done = [json.loads(line) for line in lines[1:]][:len(questions)]
-    write_atomically(part, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in [run, *done]))
+        lines = whole[:whole.rfind("\n") + 1].split("\n")[:-1]  # a half-written one is done again
+        begun = json.loads(lines[0]) if lines else {}
+        if begun != run:
+            other = [k for k in run if begun.get(k) != run[k]]
+            raise EchoError(f"{part}: left by a run with another {', '.join(other)}; give the same "
+                            "flags, or delete it")
+        done = [json.loads(line) for line in lines[1:]]
+    write_atomically(part, json_lines([run, *done]))
     return part, done
 
 
 def answer_batch(model, questions, settings):
-    """The answered rows of some questions; a row whose audio can't be read gets an empty prediction and its error."""
-    waves, errors = [], []
+    """The answered rows of some questions; one whose audio can't be read gets an empty prediction
+    and its error."""
+    rows, usable, waves = [], [], []
     for q in questions:
+        row = {**q.row, "answer_prediction": "", "model_output": ""}
+        rows.append(row)
         try:
             waves.append(load_audio(q.path, model.config.sample_rate))
-            errors.append(None)
+            usable.append((q, row))
         except EchoError as error:
             tqdm.write(f"row {q.row.get('id')}: {error}")
-            errors.append(str(error))
+            row |= {"response": "", "segments": [], "ended": None, "seconds": 0.0, "error": str(error)}
     began = time.time()
-    asked = [(q.question, q.choices) for q, e in zip(questions, errors) if e is None]
-    rolled = iter(answer(model, asked, waves, settings) if asked else ())
-    seconds = (time.time() - began) / max(1, len(asked))
-    rows = []
-    for q, error in zip(questions, errors):
-        t = {"answer": None, "response": "", "segments": [], "ended": None, "error": error} if error else trace(next(rolled))
-        said = t.pop("answer")
-        rows.append({**q.row, "answer_prediction": said or "", "model_output": said or "", **t,
-                     "seconds": round(seconds, 4)})
+    responses = answer(model, [q for q, _ in usable], waves, settings)
+    seconds = round((time.time() - began) / max(1, len(usable)), 4)
+    for (_, row), response in zip(usable, responses):
+        said = trace(response)
+        text = said.pop("answer") or ""
+        row |= {"answer_prediction": text, "model_output": text, **said, "seconds": seconds,
+                "audio_tokens": response.sample.ids.count(AUDIO), "length": len(response.logprobs)}
     return rows
 
 
 def summarise(questions, rows):
-    """Accuracy by category with a 95% interval (where the truth is known), listening, and seconds a question."""
+    """Accuracy by category with a 95% interval (where the truth is known), listening, seconds."""
     summary = {"questions": len(rows)}
-    groups = {"all": range(len(rows))} | {c: [i for i, q in enumerate(questions) if q.category == c]
-                                          for c in sorted({q.category for q in questions})}
     if all(q.answer for q in questions):
-        for name, members in groups.items():
-            right = sum(same_answer(rows[i]["answer_prediction"], questions[i].answer) for i in members)
-            low, high = interval(right, len(members))
-            summary.setdefault("accuracy", {})[name] = {"right": right, "of": len(members), "accuracy": right / len(members),
-                                                        "low": low, "high": high}
-    traces = [Rollout(None, None, 0, [], [Segment(**s) for s in r["segments"]], r["ended"], r["response"]) for r in rows]
-    stats = listening(traces)
-    stats.pop("length")
-    return summary | stats | {"seconds": sum(r["seconds"] for r in rows) / len(rows)}
+        summary["accuracy"] = {}
+        for name in ("all", *sorted({q.category for q in questions} - {"all"})):
+            right = [same_answer(row["answer_prediction"], q.answer)
+                     for q, row in zip(questions, rows) if name in ("all", q.category)]
+            low, high = interval(sum(right), len(right))
+            summary["accuracy"][name] = {"right": sum(right), "of": len(right), "low": low,
+                                         "accuracy": sum(right) / len(right), "high": high}
+    traces = [Rollout(Sample(), None, text=r["response"], ended=r["ended"],
+                      segments=[Segment(**s) for s in r["segments"]]) for r in rows]
+    summary |= response_metrics(traces)
+    for key in ("seconds", "audio_tokens", "length"):
+        summary[key] = sum(r.get(key, 0) for r in rows) / len(rows)
+    del summary["padding"]
+    return summary
+
+
+def interval(right, n):
+    """The Wilson 95% interval of a share, right of n."""
+    p, z = right / n, 1.96
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def readable(summary):
-    lines = [f"{name:<14}{a['accuracy']:7.1%}   95%: {a['low']:.1%} to {a['high']:.1%}   ({a['right']} of {a['of']})"
-             for name, a in summary.get("accuracy", {}).items()]
-    s = summary
-    lines += [f"segments a response {s['segments']:.2f}   mean length {s['segment_s']:.2f} s   overlap {s['overlap']:.2f}",
+    lines, s = [], summary
+    for name, a in s.get("accuracy", {}).items():
+        lines.append(f"{name:<14}{a['accuracy']:7.1%}   95%: {a['low']:.1%} to {a['high']:.1%}"
+                     f"   ({a['right']} of {a['of']})")
+    rejected = [f"{r} {s['rejected_' + r.replace(' ', '_')]:.1%}" for r in REASONS
+                if s["rejected_" + r.replace(" ", "_")]]
+    lines += [f"segments a response {s['segments']:.2f}   mean length {s['segment_s']:.2f} s"
+              f"   overlap {s['overlap']:.2f}   under 0.4 s {s['short_segments']:.1%}",
               f"listened at least once {s['listened_once']:.1%}   twice {s['listened_twice']:.1%}",
-              f"no answer {s['no_answer']:.1%}   truncated {s['truncated']:.1%}   "
-              f"rejected tags {', '.join(f'{k} {v:.1%}' for k, v in s['rejected'].items()) or 'none'}",
-              f"{s['seconds']:.3f} s a question"]
+              f"no answer {s['no_answer']:.1%}   truncated {s['truncated']:.1%}   rejected tags "
+              f"{', '.join(rejected) or 'none'}",
+              f"a question: {s['audio_tokens']:.0f} audio tokens, {s['length']:.0f} sampled, "
+              f"{s['seconds']:.3f} s"]
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------- pages
+# ==================================================================================================
 # From here on: drawing. A reader of the method can stop.
 
 COLOURS = ("#d9480f", "#1971c2", "#2f9e44", "#9c36b5", "#c2255c", "#0c8599", "#e67700", "#5f3dc4")
@@ -248,140 +282,234 @@ def data_uri(kind, raw):
 
 def spectrogram_png(wave, sample_rate, columns=600):
     """A grey PNG of the log-mel power of a waveform, low pitches at the bottom."""
-    mel = torchaudio.transforms.MelSpectrogram(sample_rate, 1024, hop_length=max(1, len(wave) // columns), n_mels=64)(wave)
-    db = (mel.clamp_min(1e-8).log10() - mel.max().clamp_min(1e-8).log10()).clamp_min(-6) / 6 + 1
-    pixels = (db.flip(0) * 255).byte().numpy()
-    chunk = lambda name, raw: struct.pack(">I", len(raw)) + name + raw + struct.pack(">I", zlib.crc32(name + raw))
+    hop = max(1, len(wave) // columns)
+    mel = torchaudio.transforms.MelSpectrogram(sample_rate, 1024, hop_length=hop, n_mels=64)(wave)
+    decades = mel.clamp_min(1e-8).log10() - mel.max().clamp_min(1e-8).log10()
+    pixels = ((decades.clamp_min(-6) / 6 + 1).flip(0) * 255).byte().numpy()
+
+    def chunk(name, raw):
+        return struct.pack(">I", len(raw)) + name + raw + struct.pack(">I", zlib.crc32(name + raw))
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 0, 0, 0, 0)
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 0, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
+            + chunk(b"IEND", b""))
 
 
 def chart(series, x_label, width=520, height=190):
     """An SVG line chart; series: (name, colour, [(x, y), ...], dashed)."""
     points = [p for _, _, line, _ in series for p in line] or [(0, 0)]
-    x0, x1 = min(x for x, _ in points), max(max(x for x, _ in points), min(x for x, _ in points) + 1)
-    lowest, highest = min(y for _, y in points), max(y for _, y in points)
-    y0, y1 = min(0.0, lowest), highest * 1.05 if highest > 0 else 0.0 if lowest < 0 else 1.0
-    at = lambda x, y: (40 + (x - x0) / (x1 - x0) * (width - 50), height - 24 - (y - y0) / (y1 - y0) * (height - 46))
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    x0, x1, y0 = min(xs), max(max(xs), min(xs) + 1), min(0.0, *ys)
+    y1 = 1.0 if 0.5 < max(ys) <= 1 else max(ys) * 1.05 if max(ys) > 0 else 0.0 if y0 < 0 else 1.0
+    left, right, top, bottom = 56, width - 10, 22, height - 24
+
+    def at(x, y):
+        return (left + (x - x0) / (x1 - x0) * (right - left),
+                bottom - (y - y0) / (y1 - y0) * (bottom - top))
     out = [f'<svg viewBox="0 0 {width} {height}" role="img">']
     for y in (y0, (y0 + y1) / 2, y1):
-        out.append(f'<path d="M40 {at(0, y)[1]:.1f}H{width - 10}" stroke="var(--line)"/><text x="36" y="{at(0, y)[1] + 4:.1f}" text-anchor="end">{y:.3g}</text>')
-    out.append(f'<text x="40" y="{height - 6}">{x0:g}</text><text x="{width - 10}" y="{height - 6}" text-anchor="end">{escape(x_label)} {x1:g}</text>')
+        down = at(x0, y)[1]
+        out.append(f'<path d="M{left} {down:.1f}H{right}" stroke="var(--line)"/>'
+                   f'<text x="{left - 4}" y="{down + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+    out.append(f'<text x="{left}" y="{height - 6}">{x0:g}</text><text x="{right}" y="{height - 6}" '
+               f'text-anchor="end">{escape(x_label)} {x1:g}</text>')
+    dashes = 'stroke-dasharray="5 4"'
     for i, (name, colour, line, dashed) in enumerate(series):
-        d = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in (at(x, y) for x, y in line)) if line else ""
-        dashes = 'stroke-dasharray="5 4"' if dashed else ""
-        out.append(f'<path d="{d}" fill="none" stroke="{colour}" stroke-width="2" {dashes}/>'
-                   f'<text x="{44 + width // 3.3 * i:.0f}" y="13" style="fill:{colour}">{escape(name)}</text>')
+        d = "M" + "L".join("{:.1f} {:.1f}".format(*at(x, y)) for x, y in line) if line else ""
+        out.append(f'<path d="{d}" fill="none" stroke="{colour}" stroke-width="2" '
+                   f'{dashes * dashed}/>'
+                   f'<text x="{left + width // 3.4 * i:.0f}" y="13" style="fill:{colour}">'
+                   f'{escape(name)}</text>')
     return "".join(out) + "</svg>"
 
 
 def response_html(response, segments):
     """The response as it was written, a chip for every closed tag."""
-    parts, out = response.split("</seg>"), []
-    for i, part in enumerate(parts[:-1]):
-        before, _, inside = part.rpartition("<seg>") if "<seg>" in part else (part, "", "")
-        s = segments[i] if i < len(segments) else {"heard": False, "reason": "not heard", "start_s": None, "end_s": None}
-        label = escape(f"<seg>{inside}</seg>")
+    pairs, rest = split_segments(response)
+    out = []
+    for i, ((before, inside), s) in enumerate(zip(pairs, segments)):
+        label = escape("</seg>" if inside is None else f"<seg>{inside}</seg>")
+        out.append(escape(before))
         if s["heard"]:
-            out.append(f'{escape(before)}<button class="chip" style="background:{COLOURS[i % 8]}" data-start="{s["start_s"]}" '
-                       f'data-end="{s["end_s"]}" title="play this part">&#9654; {label}</button>')
+            out.append(f'<button class="chip" style="background:{COLOURS[i % 8]}" title="play this part" '
+                       f'data-start="{s["start_s"]}" data-end="{s["end_s"]}">&#9654; {label}</button>')
         else:
-            out.append(f'{escape(before)}<span class="chip rejected" title="{escape(str(s["reason"]))}">{label} &#10007; {escape(str(s["reason"]))}</span>')
-    return "".join(out) + escape(parts[-1])
+            out.append(f'<span class="chip rejected">{label} &#10007; {escape(s["reason"])}</span>')
+    return "".join(out) + escape(rest)
 
 
-def clip_html(wave, sample_rate, question, choices, truth, row):
-    """Spectrogram with the segments' spans, player, response with its chips, and the answer among the choices."""
-    seconds = len(wave) / sample_rate
-    spans = "".join(f'<div class="span" data-start="{s["start_s"]}" data-end="{s["end_s"]}" style="border-color:{COLOURS[i % 8]};'
-                    f'background:{COLOURS[i % 8]}44;left:{100 * s["start_s"] / seconds:.2f}%;width:{100 * (s["end_s"] - s["start_s"]) / seconds:.2f}%"></div>'
-                    for i, s in enumerate(row["segments"]) if s["heard"])
+def clip_html(wave, sample_rate, q, row):
+    """Spectrogram with the segments' spans, player, response with its chips, answer and choices."""
+    seconds, spans, items = len(wave) / sample_rate, "", ""
+    for i, s in enumerate(row["segments"]):
+        if s["heard"]:
+            left, width = 100 * s["start_s"] / seconds, 100 * (s["end_s"] - s["start_s"]) / seconds
+            spans += (f'<div class="span" data-start="{s["start_s"]}" data-end="{s["end_s"]}" '
+                      f'style="border-color:{COLOURS[i % 8]};background:{COLOURS[i % 8]}44;'
+                      f'left:{left:.2f}%;width:{width:.2f}%"></div>')
+    said = row["answer"] or ""
+    for c in q.choices:
+        items += (f"<li>{escape(c)}{' &larr; answer' * same_answer(c, said)}"
+                  f"{' <b class=right>&#10003; truth</b>' * bool(q.answer and same_answer(c, q.answer))}</li>")
+    verdict = ""
+    if q.answer:
+        verdict = "right" if same_answer(said, q.answer) else "wrong"
     ticks = "".join(f"<span>{seconds * i / 6:.1f} s</span>" for i in range(7))
-    said = row["answer"]
-    items = "".join(f"<li>{escape(c)}{' &larr; answer' if said and same_answer(c, said) else ''}"
-                    f"{' <b class=right>&#10003; truth</b>' if truth and same_answer(c, truth) else ''}</li>" for c in choices)
-    verdict = "" if not truth else ' <b class="right">right</b>' if said and same_answer(said, truth) else ' <b class="wrong">wrong</b>'
-    return (f'<div class="clip"><div class="spectrogram"><img alt="spectrogram" src="{data_uri("image/png", spectrogram_png(wave, sample_rate))}">{spans}'
-            f'<div class="cursor"></div></div><div class="axis">{ticks}</div><audio controls src="{data_uri("audio/wav", wav_bytes(wave.numpy(), sample_rate))}"></audio>'
-            f'<p><b>{escape(question)}</b></p><div class="response">{response_html(row["response"], row["segments"])}</div>'
-            f'<p>Answer: <b>{escape(said) if said else "none"}</b>{verdict} <span class="soft">ended: {escape(str(row["ended"]))}</span></p><ul>{items}</ul></div>')
+    picture = data_uri("image/png", spectrogram_png(wave, sample_rate))
+    sound = data_uri("audio/wav", wav_bytes(wave.numpy().clip(-1, 1), sample_rate))
+    return (f'<div class="clip"><div class="spectrogram"><img alt="spectrogram" src="{picture}">{spans}'
+            f'<div class="cursor"></div></div><div class="axis">{ticks}</div>'
+            f'<audio controls src="{sound}"></audio><p><b>{escape(q.question)}</b></p>'
+            f'<div class="response">{response_html(row["response"], row["segments"])}</div>'
+            f'<p>Answer: <b>{escape(said or "none")}</b> <b class="{verdict}">{verdict}</b> '
+            f'<span class="soft">ended: {escape(str(row["ended"]))}</span></p><ul>{items}</ul></div>')
 
 
-def trace_page(path, model, wave, question, choices, truth, rollout, settings):
-    """The page of one clip, with the attention on audio at each step, and that of the text decoding for comparison."""
-    text_only = rollouts(model, [model.prompt(wave, question, choices)], [wave], 1, "text", 0.0, settings.max_new_tokens)[0]
-    shares, text_shares = (attention_shares(model, r).tolist() for r in (rollout, text_only))
-    series = [("first listen", COLOURS[1], [(i, a) for i, (a, _) in enumerate(shares)], False),
-              ("re-listened segments", COLOURS[0], [(i, b) for i, (_, b) in enumerate(shares)], False),
-              ("text decoding", "#868e96", [(i, a) for i, (a, _) in enumerate(text_shares)], True)]
-    late = lambda rows: sum(a + b for a, b in rows[25:]) / max(1, len(rows[25:]))
-    body = (f"<h1>Echo listens again</h1>{clip_html(wave, model.config.sample_rate, question, choices, truth, trace(rollout))}"
+@torch.no_grad()
+def attention_shares(model, rollout):
+    """The attention on audio tokens at each step of a response: (steps, 2), first listen and
+    re-listened segments.
+
+    Averaged over layers and heads; one uncached pass over the whole sequence gives all steps.
+    """
+    implementation = model.decoder.config._attn_implementation
+    model.decoder.set_attn_implementation("eager")  # the one that returns its weights
+    ids, position, mask, audio = model.tensors([rollout.sample])
+    with model.autocast():
+        weights = model.decoder.model(inputs_embeds=model.embed(ids, audio), attention_mask=mask,
+                                      position_ids=position, output_attentions=True).attentions
+    model.decoder.set_attn_implementation(implementation)
+    weights = torch.stack([w.float().mean(1) for w in weights]).mean(0)[0]  # (T, T)
+    heard = (ids[0] == AUDIO).float()
+    first = heard * (torch.arange(len(heard), device=heard.device) < rollout.n_prompt)
+    steps = [t - 1 for t, trained in enumerate(rollout.sample.trained) if trained]
+    return torch.stack([weights[steps] @ first, weights[steps] @ (heard - first)], 1).cpu()
+
+
+def trace_page(path, model, wave, q, rollout, settings):
+    """The page of one clip, with the attention on audio at each step, and that in text decoding."""
+    text = dataclasses.replace(settings, reasoning="text", temperature=0.0)
+    text_only = answer(model, [q], [wave], text)[0]
+    shares, text_shares = (attention_shares(model, r) for r in (rollout, text_only))
+    series = [("first listen", COLOURS[1], list(enumerate(shares[:, 0].tolist())), False),
+              ("re-listened segments", COLOURS[0], list(enumerate(shares[:, 1].tolist())), False),
+              ("text decoding", "#868e96", list(enumerate(text_shares[:, 0].tolist())), True)]
+    late, text_late = (x[25:].sum(1).mean().item() if len(x) > 25 else 0.0 for x in (shares, text_shares))
+    body = (f"<h1>Echo listens again</h1>{clip_html(wave, model.config.sample_rate, q, trace(rollout))}"
             f"<h2>Attention on audio tokens at each decoding step</h2>{chart(series, 'step')}"
-            f"<p class=soft>Mean over layers and heads. From step 25 on: {late(shares):.1%} here, {late(text_shares):.1%} in the text decoding "
-            f"of the same question. The paper reports 10-14% interleaved and below 5% in text, for a model of 7 billion parameters.</p>")
+            f"<p class=soft>Mean over layers and heads. From step 25 on: {late:.1%} here, {text_late:.1%} "
+            "in the text decoding of the same question. The paper reports 10-14% interleaved and below "
+            "5% in text, for a model of 7 billion parameters.</p>")
     page(path, "Echo: a trace", body)
 
 
 def index_page(path, questions, rows, sample_rate, limit=60):
-    """Traces of a benchmark run, with filters; the first `limit` rows, since every one carries its audio."""
+    """Traces of a benchmark run, with filters; the first `limit`, since each carries its audio."""
     parts, kinds = [], sorted({q.category for q in questions})
     for q, row in [(q, r) for q, r in zip(questions, rows) if "error" not in r][:limit]:
-        right = "" if not q.answer else "right" if same_answer(row["answer_prediction"], q.answer) else "wrong"
         row = row | {"answer": row["answer_prediction"]}
-        parts.append(f'<details data-kind="{escape(q.category)}" data-right="{right}"><summary><b class="{right}">{right}</b> {escape(str(q.row.get("id", "")))}: '
-                     f'{escape(q.question)}</summary>{clip_html(load_audio(q.path, sample_rate), sample_rate, q.question, q.choices, q.answer, row)}</details>')
+        right = "" if not q.answer else "right" if same_answer(row["answer"], q.answer) else "wrong"
+        wave = load_audio(q.path, sample_rate)
+        parts.append(f'<details data-kind="{escape(q.category)}" data-right="{right}"><summary>'
+                     f'<b class="{right}">{right}</b> {escape(str(q.row.get("id", "")))}: '
+                     f'{escape(q.question)}</summary>{clip_html(wave, sample_rate, q, row)}</details>')
     options = "".join(f'<option value="{escape(k)}">{escape(k)}</option>' for k in kinds)
-    page(path, "Echo: traces", f'<h1>{len(parts)} of {len(rows)} traces</h1><p><select id="right"><option value="">right and wrong</option>'
-         f'<option>right</option><option>wrong</option></select> <select id="kind"><option value="">all kinds</option>{options}</select></p>{"".join(parts)}')
+    page(path, "Echo: traces",
+         f'<h1>{len(parts)} of {len(rows)} traces</h1><p><select id="right"><option value="">'
+         "right and wrong</option><option>right</option><option>wrong</option></select> "
+         f'<select id="kind"><option value="">all kinds</option>{options}</select></p>{"".join(parts)}')
 
 
-def definitions():
-    """Metric -> definition, from the one table in the README."""
-    readme = Path(__file__).with_name("README.md")
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|$", readme.read_text(encoding="utf-8") if readme.is_file() else "", re.M)
-    return dict(rows)
+METRICS = {  # every metric of a log; eval_: on held-out clips, greedy
+    "reward": "mean over responses of the sum of the four rewards, -0.5 to 1.5",
+    "format": "0.5 if exactly one well-formed think block is followed by exactly one answer block",
+    "consistency": "-0.1 for every </seg> after which a capital or a tag follows, or no word does; at least -0.5",
+    "accuracy": "0.5 if the answer is right (confidence variant: 0.5(1-(1-c)^2), or -0.5c^2 if wrong); eval_accuracy: the share of right answers",
+    "segment": "0.5 if the answer is right and at least one segment was heard",
+    "right": "share of responses with the right answer",
+    "flat_groups": "share of groups whose rewards are all equal: their advantages are 0 and they teach nothing",
+    "loss": "SFT: mean -log p of a trained token; GRPO: the objective, near 0 on the first update of a step, where the ratio is 1 and advantages cancel out",
+    "kl": "mean k3 estimate of KL(policy, SFT policy) per sampled token: exp(r-p)-(r-p)-1",
+    "clip_share": "share of sampled tokens whose clipped ratio was the smaller one",
+    "entropy": "mean entropy of the policy at the sampled tokens, in nats",
+    "logp_gap": "mean absolute difference of log-probs at sampling and in the update; above 1e-4 in fp32 it is the second mini-batch",
+    "length": "sampled tokens a response, eos in, inserted audio out",
+    "audio_tokens": "audio tokens a response, first listen and what was heard again",
+    "padding": "share of the positions computed while decoding that were padding",
+    "truncated": "share of responses that ended at the length limit",
+    "no_answer": "share of responses from which no answer could be extracted",
+    "segments": "segments heard a response",
+    "segment_s": "mean length of the heard segments, seconds",
+    "short_segments": "share of the heard segments shorter than 0.4 s",
+    "overlap": "share of the heard seconds that the same response had heard before",
+    "listened_once": "share of responses that heard at least one segment",
+    "listened_twice": "share of responses that heard at least two",
+    "responses_per_s": "responses a second over the whole step, decoding and updates",
+    "tokens_per_s": "sampled tokens a second over the whole step",
+    "decoding_share": "share of the time of a step spent in rollouts",
+    "seconds": "of the whole step",
+    "lr": "SFT: the learning rate",
+    "count": "share of right answers to how many pulses X has: fine detail of one segment",
+    "order": "share of right answers to which sound comes right after X: two places",
+    "count_after": "share of right answers to how many pulses the sound right after X has: two segments and detail",
+    "place_loss": "SFT: loss of the first token of a time after <seg>, in nats: is the place known?",
+    "rejected_malformed": "share of the closed tags not heard: not two times",
+    "rejected_reversed": "share of the closed tags not heard: the end before the start",
+    "rejected_outside_the_clip": "share of the closed tags not heard: over 0.1 s past the end",
+    "rejected_too_short": "share of the closed tags not heard: under 0.2 s",
+    "rejected_too_long": "share of the closed tags not heard: over 30 s",
+    "rejected_too_many_turns": "share of the closed tags not heard: after 8 heard",
+    "rejected_text_reasoning": "share of the closed tags not heard: nothing is heard in text reasoning",
+    "rejected_no_room_left": "share of the closed tags not heard: at the length limit",
+    "frames_loss": "encoder: detection loss of a token at the full rate, in nats",
+    "frames_right": "encoder: share of the tokens at the full rate with the right kind of sound",
+    "first_loss": "encoder: detection loss of a first-listen token",
+    "first_right": "encoder: share of the first-listen tokens with the right kind of sound",
+}
 
 
-def report_page(folder, against=None):
-    """report.html in a run's folder: a chart for every metric of its log, and of the SFT run that it started from."""
-    runs = [Path(folder)] + ([Path(against)] if against else [])
-    logs = {}
-    for run in runs:
-        if not (run / "log.jsonl").is_file():
-            raise EchoError(f"{run}: no log.jsonl; give the folder of a run")
-        lines = (run / "log.jsonl").read_text().splitlines()
-        logs[run.name] = [json.loads(line) for line in lines if line.endswith("}")]
-    meaning, body = definitions(), ""
-    stages = [("", logs)]
-    started = runs[0] / "settings.json"
-    if started.is_file() and (model := json.loads(started.read_text()).get("model")):
+def read_log(folder):
+    if not (Path(folder) / "log.jsonl").is_file():
+        raise EchoError(f"{folder}: no log.jsonl; give the folder of a run")
+    lines = (Path(folder) / "log.jsonl").read_text().split("\n")
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def report_page(folder, against=""):
+    """report.html in a run's folder: a chart for each metric of its log, and of the runs before."""
+    folder, begun = Path(folder), Path(folder) / "settings.json"
+    parts = [("", [folder] + [Path(against)] * bool(against))]
+    if begun.is_file() and (model := json.loads(begun.read_text()).get("model")):
         for stage in (Path(model), Path(model).parent / "base"):
             if (stage / "log.jsonl").is_file():
-                stages.append((f"Before it: {stage.name}", {stage.name: [json.loads(x) for x in (stage / "log.jsonl").read_text().splitlines()]}))
-    for title, some in stages:
-        names = dict.fromkeys(k for log in some.values() for entry in log for k in entry if k != "step" and not k.endswith("rejected"))
-        reasons = sorted({r for log in some.values() for entry in log for r in entry.get("rejected", {})})
-        cards = []
-        for metric in [*names, *(f"rejected: {r}" for r in reasons)]:
-            value = lambda e: e.get(metric) if not metric.startswith("rejected: ") else e["rejected"].get(metric[10:], 0.0) if "rejected" in e else None
-            series = [(name, COLOURS[i], [(e["step"], value(e)) for e in log if isinstance(value(e), (int, float))], i > 0)
-                      for i, (name, log) in enumerate(some.items())]
-            plain = metric.split(":")[0].removeprefix("eval_")
-            cards.append(f"<div><b>{escape(metric)}</b>{chart(series, 'step', 320, 150)}<p>{escape(meaning.get(metric, meaning.get(plain, '')))}</p></div>")
-        body += f"<h2>{escape(title)}</h2>" * bool(title) + f'<div class="grid">{"".join(cards)}</div>'
-    page(runs[0] / "report.html", f"Echo: {runs[0].name}", f"<h1>How {escape(' and '.join(logs))} learned</h1>{body}")
+                parts.append((f"Before it: {stage.name}", [stage]))
+    body = ""
+    for title, runs in parts:
+        logs, cards = [(run.name, read_log(run)) for run in runs], ""
+        names = dict.fromkeys(k for _, log in logs for entry in log for k in entry)
+        for name in names:
+            series = []
+            for i, (run, log) in enumerate(logs):
+                line = [(entry["step"], entry[name]) for entry in log if name in entry]
+                series.append((run, COLOURS[i], line, i > 0))
+            if name != "step" and any(y for _, _, line, _ in series for _, y in line):
+                meaning = METRICS.get(name, METRICS.get(name.removeprefix("eval_"), ""))
+                cards += (f"<div><b>{escape(name)}</b>{chart(series, 'step', 320, 150)}"
+                          f"<p>{escape(meaning)}</p></div>")
+        body += f"<h2>{escape(title)}</h2>" * bool(title) + f'<div class="grid">{cards}</div>'
+    runs = escape(" and ".join(run.name for run in parts[0][1]))
+    page(folder / "report.html", f"Echo: {folder.name}", f"<h1>How {runs} learned</h1>{body}")
 
 
 def run():
     settings = parse_settings(Settings, __doc__)
-    for flag, value, known in (("reasoning", settings.reasoning, ("interleaved", "text")), ("insert", settings.insert, tuple(INSERTS))):
-        if value not in known:
-            raise EchoError(f"--{flag} {value}: must be one of {', '.join(known)}")
+    require(settings, reasoning=("interleaved", "text"), insert=INSERTS, dtype=("auto", "fp32", "bf16"))
     if settings.report:
         report_page(settings.report, settings.against)
         return print(f"wrote {Path(settings.report) / 'report.html'}")
-    model = load(settings.model, pick_device(settings.device)[0])
+    model = load(settings.model, pick_device(settings.device))
+    set_trainable(model, "none")
+    set_precision(model, settings.dtype)
     if settings.benchmark:
         return run_benchmark(model, settings)
     return answer_clip(model, settings)
