@@ -9,7 +9,7 @@ The whole method, A being a clip and q a question about it:
             o += enc(A[s:e])                       # hear that part of the ORIGINAL waveform again
     R     = format + consistency + accuracy + segment          # the four rewards of a response
     adv   = (R - mean R) / std R                               # within the group of one question
-    ratio = p(o) / p_old(o)                                    # of each token of text; audio has none
+    ratio = p(o) / p_old(o)                                    # of each sampled token
     loss  = -min(ratio adv, clip(ratio) adv) + kl_weight k3    # GRPO, arXiv 2402.03300
 
 Stage 1, SFT (train_sft.py), teaches to write tags, from text alone; stage 2, GRPO (train_rl.py),
@@ -53,7 +53,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-# ================================================================================== 1 settings
+# ======================================================================================= 1 settings
 
 class EchoError(Exception):
     """A mistake that the user can mend: what was wrong, where, and what to do, in one line."""
@@ -84,7 +84,7 @@ class Config:
     prompt: str = "{question} Choose from {choices}."
 
 
-# ================================================================================== 2 segment tags
+# =================================================================================== 2 segment tags
 
 @dataclass
 class Segment:
@@ -143,7 +143,7 @@ def parse_segment(inside, duration_s, turns=0, config=Config):
     return Segment(inside, start_s, end_s, reason=reason)
 
 
-# ================================================================== 3 text and audio in one sequence
+# ================================================================= 3 text and audio in one sequence
 
 AUDIO = -1  # stands in the ids where an audio token does; no id of any vocabulary
 
@@ -154,7 +154,7 @@ class Sample:
     ids: list = field(default_factory=list)       # token ids, AUDIO for each audio token
     trained: list = field(default_factory=list)   # is this id to be learned? never for AUDIO
     position: list = field(default_factory=list)  # position ids, not always 0, 1, 2, ...
-    audio: list = field(default_factory=list)     # features (n, encoder dim), filling AUDIO in order
+    audio: list = field(default_factory=list)     # features (n, encoder dim) for AUDIO, in order
 
     def copy(self):
         return Sample(*(list(getattr(self, f.name)) for f in dataclasses.fields(self)))
@@ -186,7 +186,7 @@ class SmallEncoder(nn.Module):
     """Log-mel, two strided convolutions (100 frames a second -> 25 tokens), transformer layers.
 
     The first listen is a thumbnail: mel POWER is averaged over 1 / first_listen_rate seconds before
-    the encoder sees it, one token for each average. What changes within one is not there to be read.
+    the encoder sees it, one token for each average. What changes within one can't be read from it.
     """
     TOKENS_PER_SECOND = 25
 
@@ -236,45 +236,7 @@ def sinusoids(length, dim, device):
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-class WhisperEncoder(nn.Module):
-    """The encoder of a Whisper checkpoint, pooled to 25 tokens a second.
-
-    It works in windows of 30 s, padded as it was trained, and the padding's tokens are cut away. A
-    first listen with a rate of its own is the average of these tokens.
-    """
-    TOKENS_PER_SECOND = 25
-    WINDOWS = 8  # encoded at once
-
-    def __init__(self, config, whisper, extractor):
-        super().__init__()
-        self.config, self.whisper, self.extractor = config, whisper, extractor
-        self.dim = whisper.config.d_model
-
-    def encode(self, windows):
-        """List of (N_i,), at most 30 s each -> (B, 750, dim)."""
-        inputs = self.extractor([w.cpu().numpy() for w in windows], return_tensors="pt",
-                                sampling_rate=self.config.sample_rate).input_features
-        tokens = self.whisper(inputs.to(windows[0].device)).last_hidden_state   # (B, 1500, dim)
-        return F.avg_pool1d(tokens.transpose(1, 2), 2).transpose(1, 2)          # 50 -> 25 a second
-
-    def forward(self, waves, first_listen):
-        windows = [w for wave in waves for w in wave.split(self.extractor.n_samples)]
-        tokens = []
-        for at in range(0, len(windows), self.WINDOWS):
-            tokens += self.encode(windows[at:at + self.WINDOWS])
-        out, at, config = [], 0, self.config
-        for wave in waves:
-            n = math.ceil(len(wave) / self.extractor.n_samples)
-            seconds = len(wave) / config.sample_rate
-            x = torch.cat(tokens[at:at + n])[:math.ceil(seconds * self.TOKENS_PER_SECOND)]
-            at += n
-            if first_listen and config.first_listen_rate:
-                x = F.adaptive_avg_pool1d(x.T, math.ceil(seconds * config.first_listen_rate)).T
-            out.append(x)
-        return out
-
-
-# ================================================================================== 5 the model
+# ====================================================================================== 5 the model
 
 class Echo(nn.Module):
     """Audio encoder (frozen outside its own training), projector, and a Qwen2 decoder."""
@@ -339,17 +301,18 @@ class Echo(nn.Module):
         """The ids of each sample from index `since` on, padded on the left, so that the last column
         is each row's newest: ids, position, mask (B, T), and the audio features (n, encoder dim)."""
         since = since or [0] * len(samples)
-        ids, position, real, audio = [], [], [], []
-        for s, k in zip(samples, since):
-            ids.append(torch.tensor(s.ids[k:], dtype=torch.long))
-            position.append(torch.tensor(s.position[k:], dtype=torch.long))
-            real.append(torch.ones(len(s.ids) - k, dtype=torch.long))
-            n_audio = s.ids[k:].count(AUDIO)
-            if n_audio:
-                audio.append(torch.cat(s.audio)[-n_audio:])
-        padded = (pad_sequence(x, batch_first=True, padding_side="left").to(self.device)
-                  for x in (ids, position, real))
-        return *padded, torch.cat(audio).to(self.device) if audio else None
+
+        def pad(rows):
+            rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+            return pad_sequence(rows, batch_first=True, padding_side="left").to(self.device)
+        new = [s.ids[k:] for s, k in zip(samples, since)]
+        position = pad([s.position[k:] for s, k in zip(samples, since)])
+        audio = []
+        for s, ids in zip(samples, new):
+            if AUDIO in ids:
+                audio.append(torch.cat(s.audio)[-ids.count(AUDIO):])
+        audio = torch.cat(audio).to(self.device) if audio else None
+        return pad(new), position, pad([[1] * len(ids) for ids in new]), audio
 
     def embed(self, ids, audio):
         """(B, T) ids -> (B, T, D): token embeddings, the projected audio where ids are AUDIO."""
@@ -366,36 +329,31 @@ class Echo(nn.Module):
                 past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
     def logits(self, hidden):
-        """(n, D) -> (n, V) in fp32, also under bf16, where logits of 16 to 32 would be 0.125 apart."""
+        """(n, D) -> (n, V), always fp32: in bf16, logits of 16 to 32 would be 0.125 apart."""
         with torch.autocast(self.device.type, enabled=False):
             return F.linear(hidden.float(), self.decoder.lm_head.weight.float())
 
-    def forward(self, samples, temperature=1.0, entropy=False):
-        """Log-probs of every trained token, flat in the order of the samples: (n,); and where asked
-        for, without gradient, the entropy of what was predicted there, in nats: (n,) or None.
+    def forward(self, samples, temperature=1.0):
+        """Log-probs of every trained token, flat in the order of the samples: (n,).
 
-        log p(token) = logit - logsumexp, on the positions before trained tokens alone and 512 at a
-        time, with nothing kept: the logits of a batch would be larger than a pretrained decoder.
+        The head sees the positions before trained tokens alone, 512 at a time, and keeps nothing:
+        the logits of a whole batch would be larger than a pretrained decoder.
         """
         ids, position, mask, audio = self.tensors(samples)
         hidden = self.hidden(ids, position, mask, audio)
-        width = ids.shape[1]
-        at = [(row, width - len(s.ids) + t) for row, s in enumerate(samples)
-              for t, trained in enumerate(s.trained) if trained]
+        at = []
+        for row, s in enumerate(samples):
+            left = ids.shape[1] - len(s.ids)
+            at += [(row, left + t) for t, trained in enumerate(s.trained) if trained]
         row, t = torch.tensor(at, device=self.device).T
         before, token = hidden[row, t - 1] / temperature, ids[row, t]     # (n, D), (n,)
 
         def head(before, token):
-            logits = self.logits(before)
-            total = logits.logsumexp(-1)
-            logp = logits.gather(1, token[:, None])[:, 0] - total
-            with torch.no_grad():
-                spread = total - (logits.softmax(-1) * logits).sum(-1) if entropy else logp
-            return logp, spread
-        parts = [checkpoint(head, b, k, use_reentrant=False) if len(token) > 512 else head(b, k)
-                 for b, k in zip(before.split(512), token.split(512))]
-        logp, spread = (torch.cat(x) for x in zip(*parts))
-        return logp, spread if entropy else None
+            return -F.cross_entropy(self.logits(before), token, reduction="none")
+        parts = zip(before.split(512), token.split(512))
+        if len(token) <= 512:
+            return head(before, token)
+        return torch.cat([checkpoint(head, b, k, use_reentrant=False) for b, k in parts])
 
     @torch.no_grad()
     def log_probs(self, samples, temperature=1.0, tokens_per_batch=8192):
@@ -403,12 +361,12 @@ class Echo(nn.Module):
         out = []
         for batch in micro_batches(samples, tokens_per_batch):
             n_trained = [sum(samples[i].trained) for i in batch]
-            out += self([samples[i] for i in batch], temperature)[0].split(n_trained)
+            out += self([samples[i] for i in batch], temperature).split(n_trained)
         return out
 
 
 def micro_batches(samples, budget):
-    """Indices of the samples, in order, in batches of at most `budget` padded tokens (or one row)."""
+    """Indices of the samples, in order, in batches of `budget` padded tokens at most (or one row)."""
     batches, longest = [[]], 0
     for i, sample in enumerate(samples):
         longest = max(longest, len(sample.ids))
@@ -419,14 +377,14 @@ def micro_batches(samples, budget):
     return batches
 
 
-# ================================================================================== 6 interleaved decoding
+# =========================================================================== 6 interleaved decoding
 
 @dataclass
 class Rollout:
     """A response while it is written, and its trace afterwards."""
     sample: Sample              # the prompt, then sampled ids and inserted audio
     wave: torch.Tensor          # the original clip, (N,)
-    seed: int = 0               # of this row's draws
+    draws: torch.Generator      # this row's own
     text: str = ""              # the sampled text, without eos
     logprobs: list = field(default_factory=list)  # of the sampled ids, at the rollout's temperature
     segments: list = field(default_factory=list)  # a Segment for each </seg>
@@ -463,14 +421,19 @@ def rollouts(model, prompts, waves, group=1, reasoning="interleaved", temperatur
     max_rows: decoded at once. watch(rollout, Segment or None) is called after every token.
     """
     n_tokens = max_new_tokens or model.config.max_new_tokens
-    rows = [Rollout(p.copy(), w, n_prompt=len(p.ids)) for p, w in zip(prompts, waves)
-            for _ in range(group)]
-    for row, seed in zip(rows, seeds if seeds is not None else range(len(rows))):
-        row.seed = int(seed)
+    rows, room = [], model.decoder.config.max_position_embeddings - n_tokens
+    for k, (prompt, wave) in enumerate(zip(prompts, waves)):
+        if len(prompt.ids) > room:
+            raise EchoError(f"a prompt of {len(prompt.ids)} tokens; the decoder's positions leave "
+                            f"room for {room}: shorten the question or the clip")
+        for g in range(k * group, (k + 1) * group):
+            draws = torch.Generator().manual_seed(int(seeds[g]) if seeds is not None else g)
+            rows.append(Rollout(prompt.copy(), wave, draws, n_prompt=len(prompt.ids)))
     size = max(1, max_rows // group) * group
     with model.autocast():  # one context: weights are cast once, not at every token
         for at in range(0, len(rows), size):
-            decode(model, rows[at:at + size], group, reasoning, temperature, n_tokens, insert, watch)
+            decode(model, rows[at:at + size], group, reasoning, temperature, n_tokens, insert,
+                   watch)
     return rows
 
 
@@ -481,9 +444,6 @@ def decode(model, batch, group, reasoning, temperature, max_new_tokens, insert, 
     are encoded together, appended and prefilled: singly, each would cost all rows a pass, and
     waiting for the last would leave most rows idle.
     """
-    generators = {}
-    for row in batch:
-        generators[id(row)] = torch.Generator(model.device).manual_seed(row.seed)
     cache = Cache(config=model.decoder.config)
     cache.dtype = torch.bfloat16 if model.bf16 else torch.float32
     ids, position, mask, audio = model.tensors([row.sample for row in batch[::group]])
@@ -494,8 +454,7 @@ def decode(model, batch, group, reasoning, temperature, max_new_tokens, insert, 
     while True:
         for row in batch:
             row.computed += computed
-        tokens, logprobs = sample_tokens(
-            model, hidden, temperature, [generators[id(row)] for row in running])
+        tokens, logprobs = sample_tokens(model, hidden, running, temperature)
         for row, token, logp in zip(running, tokens, logprobs):
             row.cached = len(row.sample.ids)
             segment = add_token(model, row, token, logp, reasoning, max_new_tokens)
@@ -517,16 +476,21 @@ def decode(model, batch, group, reasoning, temperature, max_new_tokens, insert, 
         hidden = hidden[torch.tensor(now, device=hidden.device)]
 
 
-def sample_tokens(model, hidden, temperature, generators):
-    """The next token of each row and its log-prob: two lists. hidden: (rows, D)."""
-    logits = model.logits(hidden / (temperature or 1.0))                        # (rows, V)
+def sample_tokens(model, hidden, rows, temperature):
+    """The next token of each row and its log-prob: two lists. hidden: (rows, D).
+
+    By the inverse of the cumulated probabilities: one draw of the row's own generator, where
+    torch.multinomial takes one for each id of the vocabulary.
+    """
+    logp = model.logits(hidden / (temperature or 1.0)).log_softmax(-1)           # (rows, V)
     if temperature:
-        probs = logits.softmax(-1)
-        token = torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)])
+        total = logp.exp().cumsum(-1)
+        draw = torch.cat([torch.rand(1, 1, generator=row.draws) for row in rows]).to(total)
+        token = torch.searchsorted(total, draw * total[:, -1:], right=True)
+        token = token.clamp_max(logp.shape[1] - 1)
     else:
-        token = logits.argmax(-1)
-    logp = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
-    return token.tolist(), logp.tolist()
+        token = logp.argmax(-1, keepdim=True)
+    return token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist()
 
 
 def add_token(model, row, token, logp, reasoning, max_new_tokens):
@@ -564,7 +528,7 @@ def listen_again(model, rows, insert):
         piece = cut(row.wave, segment.start_s, segment.end_s, model.config.sample_rate)
         if insert == "random":
             last = len(row.wave) - len(piece)
-            at = int(np.random.default_rng([row.seed, len(row.segments)]).integers(last + 1))
+            at = int(torch.randint(last + 1, (1,), generator=row.draws))
             piece = row.wave[at:at + len(piece)]
         pieces.append(torch.zeros_like(piece) if insert == "silence" else piece)
     for row, features in zip(rows, model.hear(pieces)):
@@ -583,14 +547,14 @@ def shrink(cache, batch, mask):
     if 2 * mask[alive].sum() >= mask.numel():
         return batch, mask
     mask = mask[alive]
-    order = mask.argsort(1, stable=True)[:, -int(mask.sum(1).max()):]           # padding first
+    order = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()):]           # padding first
     for layer in cache.layers:
         at = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
         layer.keys, layer.values = (x[alive].gather(2, at) for x in (layer.keys, layer.values))
     return [batch[k] for k in alive.tolist()], mask.gather(1, order)
 
 
-# ================================================================================== 7 the four rewards
+# =============================================================================== 7 the four rewards
 
 def extract_answer(text):
     """What stands in the one <answer> block, or None. There is no fall-back."""
@@ -646,7 +610,7 @@ def confidence_reward(rollout, answer):
 REWARDS = {"paper": paper_reward, "confidence": confidence_reward}  # (rollout, answer) -> {name: value}
 
 
-# ================================================================================== 8 GRPO
+# =========================================================================================== 8 GRPO
 
 def group_advantages(rewards, eps=1e-4):
     """A_i = (R_i - mean(R)) / (std(R) + eps) within each group: (questions, G) -> (questions, G).
@@ -695,7 +659,7 @@ def grpo_update(training, policy, reference, responses, advantages, settings, lr
             rows = mini_batch[micro]
             batch = [samples[i] for i in rows]
             before, base, drawn = (torch.cat([x[i] for i in rows]) for x in (old, ref, sampled))
-            logp, entropy = policy(batch, settings.temperature, entropy=True)
+            logp = policy(batch, settings.temperature)
             n_trained = torch.tensor([sum(s.trained) for s in batch])
             advantage = advantages[rows].repeat_interleave(n_trained).to(logp)
             weights = response_weights(batch, n_responses).to(logp)
@@ -703,14 +667,52 @@ def grpo_update(training, policy, reference, responses, advantages, settings, lr
                                           settings.kl_weight)
             (weights * loss).sum().backward()
             gap = (logp - drawn).abs()
-            for k, x in enumerate((loss, k3, clipped, entropy, gap)):
+            for k, x in enumerate((loss, k3, clipped, -drawn, gap)):  # E[-log p] is the entropy
                 seen[k] += (weights * x.detach()).sum().cpu()
         training.update(lr)
     return dict(zip(names, (x / settings.mini_batches for x in training.sum(*seen))))
 
 
-# ==================================================================== The method ends here: plumbing.
-# ================================================================================== 9 pretrained parts, save and load
+# ============================================================ The method ends here; plumbing follows.
+# ================================================================ 9 pretrained parts, save and load
+
+class WhisperEncoder(nn.Module):
+    """The encoder of a Whisper checkpoint, pooled to 25 tokens a second.
+
+    It works in windows of 30 s, padded as it was trained, and the padding's tokens are cut away. A
+    first listen with a rate of its own is the average of these tokens.
+    """
+    TOKENS_PER_SECOND = 25
+    WINDOWS = 8  # encoded at once
+
+    def __init__(self, config, whisper, extractor):
+        super().__init__()
+        self.config, self.whisper, self.extractor = config, whisper, extractor
+        self.dim = whisper.config.d_model
+
+    def encode(self, windows):
+        """List of (N_i,), at most 30 s each -> (B, 750, dim)."""
+        inputs = self.extractor([w.cpu().numpy() for w in windows], return_tensors="pt",
+                                sampling_rate=self.config.sample_rate).input_features
+        tokens = self.whisper(inputs.to(windows[0].device)).last_hidden_state   # (B, 1500, dim)
+        return F.avg_pool1d(tokens.transpose(1, 2), 2).transpose(1, 2)          # 50 -> 25 a second
+
+    def forward(self, waves, first_listen):
+        windows = [w for wave in waves for w in wave.split(self.extractor.n_samples)]
+        tokens = []
+        for at in range(0, len(windows), self.WINDOWS):
+            tokens += self.encode(windows[at:at + self.WINDOWS])
+        out, at, config = [], 0, self.config
+        for wave in waves:
+            n = math.ceil(len(wave) / self.extractor.n_samples)
+            seconds = len(wave) / config.sample_rate
+            x = torch.cat(tokens[at:at + n])[:math.ceil(seconds * self.TOKENS_PER_SECOND)]
+            at += n
+            if first_listen and config.first_listen_rate:
+                x = F.adaptive_avg_pool1d(x.T, math.ceil(seconds * config.first_listen_rate)).T
+            out.append(x)
+        return out
+
 
 def pretrained(load, name):
     """load(name), with one line for a name that is neither a folder nor reachable."""
@@ -857,7 +859,7 @@ def load(folder, device="cpu"):
     return model.to(device).eval()
 
 
-# ================================================================================== 10 audio files and rows of data
+# ================================================================== 10 audio files and rows of data
 
 def read_bytes(path):
     try:
@@ -865,21 +867,21 @@ def read_bytes(path):
     except FileNotFoundError:
         raise EchoError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
-        raise EchoError(f"{str(path)[:200]}: can't be read ({error.__class__.__name__})") from None
+        raise EchoError(f"{str(path)[:200]}: can't be read ({type(error).__name__})") from None
 
 
 def read_wav(path, data):
     """A WAV file's bytes, 8 to 32-bit integer or 32-bit float PCM -> (N, channels) float32, rate."""
     chunks, at = {}, 12
     while at + 8 <= len(data):
-        name, size = data[at:at + 4], struct.unpack("<I", data[at + 4:at + 8])[0]
+        name, size = struct.unpack("<4sI", data[at:at + 8])
         chunks.setdefault(name, data[at + 8:at + 8 + size])
         if name == b"data" and len(chunks[name]) < size < 0xFFFF_FF00:  # streams leave it open
             raise EchoError(f"{path}: broken WAV, {len(chunks[name])} of {size} bytes of audio are "
                             "there; export it again")
         at += 8 + size + size % 2
-    header = chunks.get(b"fmt ", b"")
-    if len(header) < 16 or b"data" not in chunks:
+    header, audio = chunks.get(b"fmt ", b""), chunks.get(b"data")
+    if len(header) < 16 or audio is None:
         raise EchoError(f"{path}: broken WAV, its 'fmt ' or 'data' chunk is missing; export it again")
     coding, channels, rate, _, _, bits = struct.unpack("<HHIIHH", header[:16])
     if coding == 0xFFFE and len(header) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the coding follows
@@ -889,17 +891,13 @@ def read_wav(path, data):
                         "integer or 32-bit float PCM")
     if not 1000 <= rate <= 768_000:
         raise EchoError(f"{path}: a sample rate of {rate} Hz; needed: 1 to 768 kHz")
-    frame = channels * bits // 8
-    raw = np.frombuffer(chunks[b"data"][:len(chunks[b"data"]) // frame * frame], np.uint8)
+    width = bits // 8
+    raw = np.frombuffer(audio[:len(audio) // (channels * width) * channels * width], np.uint8)
     if coding == 3:
-        wave = raw.view("<f4")
-    elif bits == 8:
-        wave = raw.astype(np.float32) / 128 - 1
-    else:  # left-aligned in 32 bits
-        padded = np.zeros((len(raw) * 8 // bits, 4), np.uint8)
-        padded[:, 4 - bits // 8:] = raw.reshape(-1, bits // 8)
-        wave = padded.view("<i4")[:, 0].astype(np.float32) / 2 ** 31
-    return wave.reshape(-1, channels), rate
+        return raw.view("<f4").reshape(-1, channels), rate
+    left_aligned = np.zeros((len(raw) // width, 4), np.uint8)  # in 32 bits
+    left_aligned[:, 4 - width:] = raw.reshape(-1, width) ^ (128 if bits == 8 else 0)
+    return (left_aligned.view("<i4") / np.float32(2 ** 31)).reshape(-1, channels), rate
 
 
 def load_audio(path, sample_rate=Config.sample_rate):
@@ -913,45 +911,43 @@ def load_audio(path, sample_rate=Config.sample_rate):
             wave = wave.T.numpy()
         except Exception:
             raise EchoError(
-                f"{path}: not a WAV file, or broken; convert it (ffmpeg -i {Path(path).name} "
-                f"{Path(path).stem}.wav) or pip install torchcodec, which reads more") from None
+                f"{path}: not a WAV file; convert it first (ffmpeg -i {Path(path).name} "
+                f"{Path(path).stem}.wav), or pip install torchcodec, which reads more") from None
     if not wave.size:
         raise EchoError(f"{path}: the clip is empty, it holds no samples")
     if not np.abs(wave).max() <= 1e4:
-        raise EchoError(f"{path}: the samples hold NaN or values beyond 10,000; export it again")
+        raise EchoError(f"{path}: samples are NaN or beyond 10,000; export it again")
     mono = torch.from_numpy(wave.mean(1, dtype=np.float32))
     return torchaudio.functional.resample(mono, rate, sample_rate)
 
 
 def read_rows(path, needs=()):
     """Rows of a JSON list or of JSON lines, each a dict with text under the keys `needs`."""
+    number = 0
     try:
-        text, number = read_bytes(path).decode("utf-8-sig"), 0
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            rows = []
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    rows.append(json.loads(line))
+        text = read_bytes(path).decode("utf-8-sig")
+        rows = json.loads(text) if text.lstrip().startswith("[") else []
+        for number, line in enumerate(() if rows else text.split("\n"), 1):
+            if line.strip():
+                rows.append(json.loads(line))
     except UnicodeDecodeError as error:
         raise EchoError(f"{path}, byte {error.start}: not UTF-8; save it as UTF-8") from None
     except json.JSONDecodeError as error:
         where = f"row {number}" if number else f"line {error.lineno}"
         raise EchoError(f"{path}, {where}: not JSON ({error.msg})") from None
-    for number, row in enumerate(rows, 1):
-        for key in needs:
-            if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key]:
-                raise EchoError(f"{path}, row {number}: no text under {key!r}; needed: "
-                                f"{', '.join(needs)}")
     if not rows:
         raise EchoError(f"{path}: no rows")
+    for number, row in enumerate(rows, 1):
+        for key in needs:
+            if not isinstance(row, dict) or not row.get(key) or not isinstance(row[key], str):
+                raise EchoError(f"{path}, row {number}: no text under {key!r}; needed: "
+                                f"{', '.join(needs)}")
     return rows
 
 
 @dataclass
 class Question:
-    """A row in the published formats: the native one, MMAR's (choices), MMAU's (audio_id, choices)."""
+    """A row as published: the native one, MMAR's (choices) or MMAU's (audio_id, choices)."""
     row: dict
     path: Path
     question: str
@@ -964,49 +960,47 @@ def read_questions(path, audio_root="", needs=("answer",)):
     """Questions of a data file. Audio paths are relative to `audio_root`, or the file's folder."""
     questions = []
     for number, row in enumerate(read_rows(path, ("question", *needs)), 1):
-        where, answer = f"{path}, row {number}", row.get("answer")
-        audio = row.get("audio_path") or row.get("audio_id")
+        answer, audio = row.get("answer"), row.get("audio_path") or row.get("audio_id")
         choices = row.get("multi_choice", row.get("choices"))
-        if not isinstance(audio, str):
-            raise EchoError(f"{where}: no 'audio_path' (or 'audio_id')")
-        if not isinstance(choices, list) or not choices or not all(isinstance(c, str) for c in choices):
-            raise EchoError(f"{where}: no 'multi_choice' (or 'choices'), a list of texts")
-        if answer is not None and not isinstance(answer, str):
-            raise EchoError(f"{where}: 'answer' is not a text: {answer!r}")
-        if needs and not any(same_answer(answer, c) for c in choices):
-            raise EchoError(f"{where}: the answer {answer!r} is not among the choices")
+        texts = isinstance(choices, list) and all(isinstance(c, str) for c in choices)
+        wrong = ("no 'audio_path' (or 'audio_id')" if not isinstance(audio, str) else
+                 "no 'multi_choice' (or 'choices'), a list of texts" if not choices or not texts else
+                 f"'answer' is not a text: {answer!r}" if not isinstance(answer, str | None) else
+                 f"the answer {answer!r} is not among the choices"
+                 if needs and not any(same_answer(answer, c) for c in choices) else None)
+        if wrong:
+            raise EchoError(f"{path}, row {number}: {wrong}")
         category = row.get("category") or row.get("task") or "all"
         category = ", ".join(category) if isinstance(category, list) else str(category)
-        file = Path(audio_root or Path(path).parent) / audio
-        questions.append(Question(row, file, row["question"], choices, answer, category))
+        questions.append(Question(row, Path(audio_root or Path(path).parent) / audio,
+                                  row["question"], choices, answer, category))
     return questions
 
 
 class Clips:
-    """Features of parts of audio files, each encoded once and by itself, so that a run that goes on
-    after a kill sees the very same numbers; kept up to `keep_bytes`."""
+    """Features of audio files, each encoded once and by itself: a run that goes on after a kill sees
+    the very same numbers. Kept up to `keep_bytes`."""
 
     def __init__(self, model, keep_bytes=2e9):
         self.model, self.kept, self.room = model, {}, keep_bytes
 
-    def __call__(self, path, start_s=None, end_s=None):
-        """The first listen of a clip, or a re-listened segment of it: (n, encoder dim)."""
-        key = (path, start_s, end_s)
-        if key in self.kept:
-            return self.kept[key]
-        wave = load_audio(path, self.model.config.sample_rate)
-        if start_s is not None:
-            wave = cut(wave, start_s, end_s, self.model.config.sample_rate)
-        features = self.model.hear([wave], first_listen=start_s is None)[0]
-        self.room -= features.nbytes
-        if self.room > 0:
-            self.kept[key] = features
-        return features
+    def __call__(self, path, *segment):
+        """The first listen of a clip, or a re-listened (start_s, end_s) of it: (n, encoder dim)."""
+        if (path, segment) not in self.kept:
+            rate = self.model.config.sample_rate
+            wave = load_audio(path, rate)
+            wave = cut(wave, *segment, rate) if segment else wave
+            features = self.model.hear([wave], first_listen=not segment)[0]
+            self.room -= features.nbytes
+            if self.room < 0:
+                return features
+            self.kept[path, segment] = features
+        return self.kept[path, segment]
 
 
-# ================================================================================== 11 flags, runs, processes
+# ======================================================================== 11 flags, runs, processes
 
-def parse_settings(cls, doc, argv=None):
+def parse_settings(cls, doc):
     """Flags for the fields of a dataclass: --a-b for a field a_b, also --no-a-b if it is a bool;
     those in cls.POSITIONAL stand bare. --help prints the dataclass itself, comments and all."""
     def fail(message):
@@ -1016,21 +1010,20 @@ def parse_settings(cls, doc, argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = fail
     for f in dataclasses.fields(cls):
-        flags = dict.fromkeys(("--" + f.name.replace("_", "-"), "--" + f.name))
-        rest = {"default": f.default, "help": argparse.SUPPRESS}
+        flags = {"--" + f.name.replace("_", "-"), "--" + f.name}
+        how = {"type": type(f.default)}
         if f.name in getattr(cls, "POSITIONAL", ()):
-            parser.add_argument(f.name, nargs="?", **rest)
+            flags, how = {f.name}, {"nargs": "?"}
         elif isinstance(f.default, bool):
-            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **rest)
+            how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(f.default, tuple):
-            parser.add_argument(*flags, nargs="+", **rest)
-        else:
-            parser.add_argument(*flags, type=type(f.default), **rest)
-    return cls(**vars(parser.parse_args(argv)))
+            how = {"nargs": "+"}
+        parser.add_argument(*sorted(flags), default=f.default, help=argparse.SUPPRESS, **how)
+    return cls(**vars(parser.parse_args()))
 
 
 def follow_decoder(settings, table, decoder):
-    """Fill in settings that are 0 from {name: (tiny, pretrained)}, and say so for a pretrained one."""
+    """Fill in settings that are 0 from {name: (tiny, pretrained)}, and say so if pretrained."""
     for name, values in table.items():
         if not getattr(settings, name):
             setattr(settings, name, values[decoder != "tiny"])
@@ -1041,9 +1034,9 @@ def follow_decoder(settings, table, decoder):
 def require(settings, **known):
     """A one-line error for a setting that is none of the known values."""
     for name, values in known.items():
-        value = getattr(settings, name)
-        if value not in values:
-            raise EchoError(f"--{name.replace('_', '-')} {value}: must be one of {', '.join(values)}")
+        if getattr(settings, name) not in values:
+            raise EchoError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be one of "
+                            f"{', '.join(values)}")
 
 
 def main(run):
@@ -1064,9 +1057,8 @@ def main(run):
 def pick_device(name="auto"):
     """The device of this process; under torchrun the processes find each other here."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    local = os.environ.get("LOCAL_RANK", 0)
     try:
-        device = torch.device(f"cuda:{local}" if name == "cuda" else name)
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise EchoError(f"--device {name}: {str(error).splitlines()[0]}") from None
@@ -1098,79 +1090,75 @@ FREE = ("out", "device", "save_every", "log_every", "tokens_per_batch", "checkpo
         "stage", "max_rows")  # settings that may change while a run goes on
 
 
-def check_settings(folder, before, now):
-    for k, v in now.items():
+def already_trained(folder, settings):
+    """Is the run in this folder finished? One that was begun with other settings is an error;
+    settings.retrain removes it. `settings` is the dict of those that the run depends on."""
+    folder, begun = Path(folder), Path(folder) / "settings.json"
+    if settings["retrain"] and processes()[0] == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    barrier()
+    before = json.loads(begun.read_text()) if begun.is_file() else {}
+    for k, v in settings.items():
         if k not in FREE and before.get(k, v) != v:
             raise EchoError(f"{folder} was begun with {k} = {before[k]}, now it is {v}; give the "
                             "same value, another --out, or --retrain")
-
-
-def already_trained(folder, settings, retrain):
-    """Does the folder hold the model of a finished run with these settings (a dict)? `retrain`
-    removes it first."""
-    folder, rank = Path(folder), processes()[0]
-    if retrain and rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    barrier()
-    if not (folder / "model" / "echo.json").is_file():
-        return False
-    begun = folder / "settings.json"
-    check_settings(folder, json.loads(begun.read_text()) if begun.is_file() else {}, settings)
-    if rank == 0:
+    done = (folder / "model" / "echo.json").is_file()
+    if done and processes()[0] == 0:
         print(f"{folder}: already trained (--retrain trains it again)")
-    return True
+    return done
 
 
 class Training:
     """Optimiser, log and saves of one training, which may be killed at any moment and run again.
 
     All randomness of a training is drawn from (seed, step): step, trained weights and optimiser are
-    all there is to save. `settings` is a dict, the same when a run goes on. `rates` names parts of
-    the module with a learning rate of their own, as a factor.
+    all there is to save. `rates` gives parts of the module a learning rate of their own, as a factor.
     """
     def __init__(self, folder, module, settings, rates={}):
         self.folder, self.step, self.log_bytes = Path(folder), 0, 0
-        self.settings, (self.rank, self.world) = settings, processes()
+        self.rank, self.world = processes()
         self.trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
-        groups = {}
-        for k, p in self.trained.items():
-            groups.setdefault(rates.get(k.split(".")[0], 1.0), []).append(p)
-        groups = [{"params": params, "rate": rate} for rate, params in groups.items()]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0,
-                                           fused=True)
         self.device = next(iter(self.trained.values())).device
-        self.resume()
+        groups = [{"params": [p], "rate": rates.get(k.split(".")[0], 1.0)}
+                  for k, p in self.trained.items()]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+        if self.saves():
+            self.resume(self.saves()[-1] / "training.pt")
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / "settings.json", json.dumps(settings, indent=2))
+            with open(self.folder / "log.jsonl", "ab") as log:
+                log.truncate(self.log_bytes)  # what came after the last save happens again
 
     def saves(self):
         found = (self.folder / "saves").glob("step-*")
         return sorted(p for p in found if p.suffix not in (".tmp", ".old"))
 
-    def resume(self):
-        if self.saves():
-            file = self.saves()[-1] / "training.pt"
-            saved = torch.load(file, map_location=self.device, weights_only=True)
-            check_settings(self.folder, saved["settings"], self.settings)
-            with torch.no_grad():
-                for k, p in self.trained.items():
-                    p.copy_(saved["trained"][k])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.step, self.log_bytes = saved["step"], saved["log_bytes"]
-        if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=2))
-            with open(self.folder / "log.jsonl", "ab") as log:
-                log.truncate(self.log_bytes)  # what came after the last save happens again
+    @torch.no_grad()
+    def resume(self, file):
+        saved = torch.load(file, map_location=self.device, weights_only=True)
+        for k, p in self.trained.items():
+            p.copy_(saved["trained"][k])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.log_bytes = saved["step"], saved["log_bytes"]
 
     def save(self):
         """Save everything, atomically; keep the last two saves."""
         if self.rank == 0:
             saved = {"trained": {k: p.detach() for k, p in self.trained.items()},
                      "optimizer": self.optimizer.state_dict(), "step": self.step,
-                     "log_bytes": self.log_bytes, "settings": self.settings}
+                     "log_bytes": self.log_bytes}
             write_folder(self.folder / "saves" / f"step-{self.step:06d}",
                          lambda temporary: torch.save(saved, temporary / "training.pt"))
             for old in self.saves()[:-2]:
                 shutil.rmtree(old)
+        barrier()
+
+    def finish(self, model):
+        """Save the trained model; the saves on the way are no longer needed."""
+        if self.rank == 0:
+            save(model, self.folder / "model")
+            shutil.rmtree(self.folder / "saves", ignore_errors=True)
         barrier()
 
     def log(self, show=(), **metrics):
@@ -1179,7 +1167,7 @@ class Training:
             return
         entry = {"step": self.step}
         for k, v in metrics.items():
-            entry[k] = float(f"{v:.7g}") if isinstance(v, float) else v
+            entry[k] = float(f"{v:.7g}")
         said = [f"{k} {entry[k]:.3g}" for k in show if k in entry]
         tqdm.write(f"step {self.step}  " + "  ".join(said))
         with open(self.folder / "log.jsonl", "ab") as log:
@@ -1189,6 +1177,8 @@ class Training:
     def batch(self, n, size, seed):
         """This process's share of a step's batch: indices into n rows, each once an epoch, in an
         order drawn from `seed`."""
+        if size < self.world:
+            raise EchoError(f"{self.world} processes for a batch of {size}; start fewer")
         at = np.arange(self.step * size, (self.step + 1) * size)
         order = {e: np.random.default_rng([seed, e]).permutation(n) for e in set(at // n)}
         return [int(order[k // n][k % n]) for k in at][self.rank::self.world]
@@ -1208,14 +1198,13 @@ class Training:
 
     def update(self, lr, clip_norm=1.0):
         """One step of the optimiser, on the gradient summed over processes and clipped."""
-        parameters = list(self.trained.values())
         if self.world > 1:
-            for p in parameters:
+            for p in self.trained.values():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 torch.distributed.all_reduce(p.grad)
-        if not nn.utils.clip_grad_norm_(parameters, clip_norm).isfinite():
+        if not nn.utils.clip_grad_norm_(self.trained.values(), clip_norm).isfinite():
             raise EchoError(f"{self.folder}, step {self.step}: the gradient is not finite; the last "
-                            "save is good, go on from it with a lower learning rate in another --out")
+                            "save is good, go on with a lower learning rate in another --out")
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["rate"]
         self.optimizer.step()
@@ -1224,37 +1213,12 @@ class Training:
 
 def ask(model, questions, waves, group=1, **decoding):
     """Rollouts of `group` responses to each Question about its clip; see rollouts()."""
+    if not questions:
+        return []
     prompts = []
-    for q, features in zip(questions, model.hear(waves, first_listen=True) if waves else ()):
+    for q, features in zip(questions, model.hear(waves, first_listen=True)):
         prompts.append(model.prompt(features, q.question, q.choices))
     return rollouts(model, prompts, waves, group, **decoding)
-
-
-def response_metrics(responses):
-    """Means over a list of Rollouts; each is defined in the README."""
-    n, heard = max(1, len(responses)), [s for r in responses for s in r.heard]
-    seconds = sum(s.end_s - s.start_s for s in heard)
-    tags = [s.reason for r in responses for s in r.segments]
-    shares = {"listened_once": [len(r.heard) >= 1 for r in responses],
-              "listened_twice": [len(r.heard) >= 2 for r in responses],
-              "truncated": [r.ended == "length" for r in responses],
-              "no_answer": [extract_answer(r.text) is None for r in responses]}
-    return {"segments": len(heard) / n, "segment_s": seconds / max(1, len(heard)),
-            "short_segments": sum(s.end_s - s.start_s < 0.4 for s in heard) / max(1, len(heard)),
-            "overlap": 1 - sum(covered(r.heard) for r in responses) / seconds if seconds else 0.0,
-            **{k: sum(x) / n for k, x in shares.items()},
-            "length": sum(len(r.logprobs) for r in responses) / n,
-            "audio_tokens": sum(r.sample.ids.count(AUDIO) for r in responses) / n,
-            "padding": 1 - sum(r.cached for r in responses) / max(1, sum(r.computed for r in responses)),
-            **{f"rejected_{x.replace(' ', '_')}": tags.count(x) / max(1, len(tags)) for x in REASONS}}
-
-
-def covered(segments):
-    """Seconds in the union of some segments."""
-    total, end = 0.0, 0.0
-    for s in sorted(segments, key=lambda s: s.start_s):
-        total, end = total + max(0.0, s.end_s - max(end, s.start_s)), max(end, s.end_s)
-    return total
 
 
 def evaluate(training, model, questions, batch=50, **decoding):
@@ -1266,11 +1230,40 @@ def evaluate(training, model, questions, batch=50, **decoding):
         some = mine[at:at + batch]
         waves = [load_audio(q.path, model.config.sample_rate) for q in some]
         responses += ask(model, some, waves, temperature=0.0, **decoding)
-    right = {c: [0, 0] for c in ("accuracy", *sorted({q.category for q in questions}))}
-    for q, r in zip(mine, responses):
-        for c in ("accuracy", q.category):
-            right[c] = [right[c][0] + is_right(r.text, q.answer), right[c][1] + 1]
-    totals = training.sum(*(x for pair in right.values() for x in pair))
-    metrics = {c: totals[2 * k] / max(1, totals[2 * k + 1]) for k, c in enumerate(right)}
+    metrics, right = {}, [is_right(r.text, q.answer) for q, r in zip(mine, responses)]
+    for category in (None, *sorted({q.category for q in questions})):
+        here = [ok for ok, q in zip(right, mine) if category in (None, q.category)]
+        n_right, n = training.sum(sum(here), len(here))
+        metrics[category or "accuracy"] = n_right / n
     metrics |= training.mean(response_metrics(responses), len(responses))
     return {f"eval_{k}": v for k, v in metrics.items()}
+
+
+def response_metrics(responses):
+    """Means over a list of Rollouts; METRICS in generate.py defines each."""
+    n, heard = max(1, len(responses)), [s for r in responses for s in r.heard]
+    n_heard, seconds = max(1, len(heard)), sum(s.end_s - s.start_s for s in heard)
+    once = sum(covered(r.heard) for r in responses)
+    reasons = [s.reason for r in responses for s in r.segments]
+    computed = sum(r.computed for r in responses)
+    return {"segments": len(heard) / n,
+            "segment_s": seconds / n_heard,
+            "short_segments": sum(s.end_s - s.start_s < 0.4 for s in heard) / n_heard,
+            "overlap": 1 - once / seconds if seconds else 0.0,
+            "listened_once": sum(len(r.heard) >= 1 for r in responses) / n,
+            "listened_twice": sum(len(r.heard) >= 2 for r in responses) / n,
+            "truncated": sum(r.ended == "length" for r in responses) / n,
+            "no_answer": sum(extract_answer(r.text) is None for r in responses) / n,
+            "length": sum(len(r.logprobs) for r in responses) / n,
+            "audio_tokens": sum(r.sample.ids.count(AUDIO) for r in responses) / n,
+            "padding": 1 - sum(r.cached for r in responses) / computed if computed else 0.0,
+            **{f"rejected_{reason.replace(' ', '_')}": reasons.count(reason) / max(1, len(reasons))
+               for reason in REASONS}}
+
+
+def covered(segments):
+    """Seconds in the union of some segments."""
+    total, end = 0.0, 0.0
+    for s in sorted(segments, key=lambda s: s.start_s):
+        total, end = total + max(0.0, s.end_s - max(end, s.start_s)), max(end, s.end_s)
+    return total

@@ -205,7 +205,7 @@ def summarise(questions, rows):
             low, high = interval(sum(right), len(right))
             summary["accuracy"][name] = {"right": sum(right), "of": len(right), "low": low,
                                          "accuracy": sum(right) / len(right), "high": high}
-    traces = [Rollout(Sample(), None, text=r["response"], ended=r["ended"],
+    traces = [Rollout(Sample(), None, None, text=r["response"], ended=r["ended"],
                       segments=[Segment(**s) for s in r["segments"]]) for r in rows]
     summary |= response_metrics(traces)
     for key in ("seconds", "audio_tokens", "length"):
@@ -431,7 +431,7 @@ METRICS = {  # every metric of a log; eval_: on held-out clips, greedy
     "loss": "SFT: mean -log p of a trained token; GRPO: the objective, near 0 on the first update of a step, where the ratio is 1 and advantages cancel out",
     "kl": "mean k3 estimate of KL(policy, SFT policy) per sampled token: exp(r-p)-(r-p)-1",
     "clip_share": "share of sampled tokens whose clipped ratio was the smaller one",
-    "entropy": "mean entropy of the policy at the sampled tokens, in nats",
+    "entropy": "of the policy at a token, in nats, by the mean of -log p over the sampled ones",
     "logp_gap": "mean absolute difference of log-probs at sampling and in the update; above 1e-4 in fp32 it is the second mini-batch",
     "length": "sampled tokens a response, eos in, inserted audio out",
     "audio_tokens": "audio tokens a response, first listen and what was heard again",

@@ -11,7 +11,6 @@ rollouts, and length or difficulty filters on the questions.
 import copy
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from echo import (REWARDS, EchoError, Training, already_trained, ask, evaluate, follow_decoder,
                   group_advantages, grpo_update, is_right, linear_schedule, load, load_audio, main,
                   parse_settings, pick_device, prepare, processes, read_questions, require,
-                  response_metrics, save)
+                  response_metrics)
 from generate import report_page
 
 
@@ -59,10 +58,10 @@ class Settings:
 
 
 BY_DECODER = {         # tiny, pretrained
-    "steps":          (120, 12),      # the paper: one epoch of 21.9k rows
-    "questions":      (8, 6),         # the paper: 64
-    "group":          (8, 6),         # the paper: 8
-    "lr":             (2e-4, 5e-6),   # the paper: 1e-6, for 7 billion parameters
+    "steps":          (120, 15),     # the paper: one epoch of 21.9k rows
+    "questions":      (8, 8),        # the paper: 64
+    "group":          (8, 6),        # the paper: 8
+    "lr":             (2e-4, 5e-6),  # the paper: 1e-6, for 7 billion parameters
     "projector_rate": (1.0, 5.0),
     "warmup":         (5, 1),
 }
@@ -91,10 +90,8 @@ def main_loop(settings, policy):
             training.save()
             report(settings)
     check()
-    training.save()
+    training.finish(policy)
     report(settings)
-    if training.rank == 0:
-        save(policy, Path(settings.out) / "model")
 
 
 def grpo_step(training, policy, reference, rows, settings):
@@ -154,7 +151,7 @@ def run():
     if settings.questions % (settings.mini_batches * world) or settings.group < 2:
         raise EchoError(f"--questions {settings.questions}: must be a multiple of --mini-batches x "
                         f"processes, {settings.mini_batches * world}, and --group at least 2")
-    if not already_trained(settings.out, asdict(settings), settings.retrain):
+    if not already_trained(settings.out, asdict(settings)):
         main_loop(settings, policy)
 
 

@@ -24,10 +24,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from echo import (Clips, Config, EchoError, Sample, Training, WhisperEncoder, already_trained,
-                  barrier, build, cut, evaluate, follow_decoder, linear_schedule, load, load_audio,
-                  main, micro_batches, parse_settings, pick_device, prepare, processes,
-                  read_questions, read_rows, require, save, split_segments)
+from echo import (Clips, Config, EchoError, Training, already_trained, build, cut, evaluate,
+                  follow_decoder, linear_schedule, load, load_audio, main, micro_batches,
+                  parse_settings, pick_device, prepare, read_questions, read_rows, require,
+                  split_segments)
 from make_data import CATEGORIES, NUMBERS, from_edge, look_for, then_comes, write_row
 
 STAGES = {"encoder": "encoder", "align": "base", "sft": "sft"}  # and the folder each writes
@@ -108,7 +108,7 @@ def fit(training, model, samples, lr, settings):
     total, place, n_places = 0.0, 0.0, 0
     for batch in micro_batches(samples, settings.tokens_per_batch):
         batch = [samples[i] for i in batch]
-        logp, _ = model(batch)
+        logp = model(batch)
         (-logp.sum() / n_tokens).backward()
         is_place = torch.tensor([begins_a_place(model, s.ids, t) for s in batch
                                  for t, trained in enumerate(s.trained) if trained])
@@ -406,9 +406,9 @@ def add_grounded(model, sample, text, path, clips, listen, place=True):
 # ---------------------------------------------------------------------------------- the stages
 
 def run_stage(stage, settings, device):
-    folder, (rank, _) = Path(settings.out) / STAGES[stage], processes()
+    folder = Path(settings.out) / STAGES[stage]
     mine = stage_settings(stage, settings)
-    if already_trained(folder, mine, settings.retrain):
+    if already_trained(folder, mine):
         return
     torch.manual_seed(settings.seed)
     clip_rows = []
@@ -418,7 +418,7 @@ def run_stage(stage, settings, device):
             clip_rows.append((root / clip["audio_path"], clip))
     if stage == "encoder":
         model = new_model(settings, clip_rows).to(device)
-        make_encoder(folder, model, clip_rows, mine, settings)
+        training = make_encoder(folder, model, clip_rows, mine, settings)
     else:
         before = list(STAGES.values())[list(STAGES).index(stage) - 1]
         model = prepare(load(Path(settings.out) / before, device), settings)
@@ -427,25 +427,22 @@ def run_stage(stage, settings, device):
             align(training, model, clip_rows, settings)
         else:
             sft(training, model, settings)
-        training.save()
-    if rank == 0:
-        save(model, folder / "model")
-    barrier()
+    training.finish(model)
 
 
 def make_encoder(folder, model, clip_rows, mine, settings):
     """Train the small encoder; start the projector, whatever the encoder, if events are known."""
-    if not all("A4_events" in clip for _, clip in clip_rows):
-        if not isinstance(model.encoder, WhisperEncoder):
-            raise EchoError(f"{settings.clips}: rows without 'A4_events' can't train the small "
-                            "encoder; give --encoder a Whisper checkpoint")
-        return
-    detector = Detector(model.encoder, clip_rows).to(model.device)
-    if not isinstance(model.encoder, WhisperEncoder):
-        training = Training(folder, detector, mine)
+    small, known = settings.encoder == "small", all("A4_events" in clip for _, clip in clip_rows)
+    if small and not known:
+        raise EchoError(f"{settings.clips}: rows without 'A4_events' can't train the small encoder; "
+                        "give --encoder a Whisper checkpoint")
+    detector = Detector(model.encoder, clip_rows if known else []).to(model.device)
+    training = Training(folder, detector, mine)
+    if small:
         train_encoder(training, detector, clip_rows, settings)
-        training.save()
-    start_projector(model, detector, clip_rows)
+    if known:
+        start_projector(model, detector, clip_rows)
+    return training
 
 
 def stage_settings(stage, settings):
