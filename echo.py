@@ -299,7 +299,7 @@ class Echo(nn.Module):
 
     def tensors(self, samples, since=None):
         """The ids of each sample from index `since` on, padded on the left, so that the last column
-        is each row's newest: ids, position, mask (B, T), and the audio features (n, encoder dim)."""
+        is each row's newest: ids, position, mask (B, T), and audio features (n, encoder dim)."""
         since = since or [0] * len(samples)
 
         def pad(rows):
@@ -366,7 +366,7 @@ class Echo(nn.Module):
 
 
 def micro_batches(samples, budget):
-    """Indices of the samples, in order, in batches of `budget` padded tokens at most (or one row)."""
+    """Indices of the samples, in order, in batches of at most `budget` padded tokens or one row."""
     batches, longest = [[]], 0
     for i, sample in enumerate(samples):
         longest = max(longest, len(sample.ids))
@@ -408,6 +408,7 @@ class Cache(DynamicCache):
         return super().update(keys.to(self.dtype), values.to(self.dtype), *args, **kwargs)
 
 
+REASONING = ("interleaved", "text")
 INSERTS = ("segment", "random", "silence")  # what is heard; the last two are controls
 
 
@@ -600,14 +601,14 @@ def paper_reward(rollout, answer):
 
 
 def confidence_reward(rollout, answer):
-    """The variant of the authors' script: accuracy by c, the probability of the first answer token."""
+    """The variant of the authors' script: accuracy by c, the policy's own confidence."""
     right, c = is_right(rollout.text, answer), rollout.confidence
     accuracy = 0.5 * (1 - (1 - c) ** 2) if right else -0.5 * c ** 2
     return paper_reward(rollout, answer) | {
         "accuracy": accuracy, "segment": accuracy * (right and bool(rollout.heard))}
 
 
-REWARDS = {"paper": paper_reward, "confidence": confidence_reward}  # (rollout, answer) -> {name: value}
+REWARDS = {"paper": paper_reward, "confidence": confidence_reward}
 
 
 # =========================================================================================== 8 GRPO
@@ -673,7 +674,7 @@ def grpo_update(training, policy, reference, responses, advantages, settings, lr
     return dict(zip(names, (x / settings.mini_batches for x in training.sum(*seen))))
 
 
-# ============================================================ The method ends here; plumbing follows.
+# ========================================================= The method ends here; plumbing follows.
 # ================================================================ 9 pretrained parts, save and load
 
 class WhisperEncoder(nn.Module):
@@ -763,17 +764,20 @@ def set_trainable(model, what):
         model.decoder.get_input_embeddings().requires_grad_(False)
 
 
+DTYPES = ("auto", "fp32", "bf16")
+
+
 def set_precision(model, dtype="auto"):
     """bf16 arithmetic, or fp32. auto: bf16 for a pretrained decoder where the hardware has it.
 
     Weights that are trained stay fp32 (an update of lr 1e-6 would vanish in bf16), frozen matrices
     are kept in bf16, which is what autocast rounds them to; norms and rotary angles stay fp32.
     """
-    if dtype not in ("auto", "fp32", "bf16"):
-        raise EchoError(f"--dtype {dtype}: must be auto, fp32 or bf16")
-    hardware = torch.cuda.is_bf16_supported() if model.device.type == "cuda" else \
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    model.bf16 = dtype == "bf16" or dtype == "auto" and model.config.decoder != "tiny" and hardware
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported  # AMX or AVX512-BF16
+    if model.device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported
+    pretrained = model.config.decoder != "tiny"
+    model.bf16 = dtype == "bf16" or dtype == "auto" and pretrained and supported()
     for module in model.decoder.modules() if model.bf16 else ():
         if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.requires_grad:
             module.to(torch.bfloat16)
@@ -821,7 +825,7 @@ def save(model, folder):
     if isinstance(model.encoder, WhisperEncoder):
         described["whisper"] = model.encoder.whisper.config.to_dict()
         described["extractor"] = model.encoder.extractor.to_dict()
-    rest = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("decoder.")}
+    rest = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
 
     def fill(temporary):
         model.decoder.save_pretrained(temporary)
@@ -846,7 +850,8 @@ def load(folder, device="cpu"):
         encoder = SmallEncoder(config)
         if "whisper" in described:
             whisper = WhisperModel(WhisperConfig(**described["whisper"])).encoder
-            encoder = WhisperEncoder(config, whisper, WhisperFeatureExtractor(**described["extractor"]))
+            extractor = WhisperFeatureExtractor(**described["extractor"])
+            encoder = WhisperEncoder(config, whisper, extractor)
         model = Echo(config, encoder, decoder, tokenizer)
         rest = load_file(folder / "echo.safetensors")
         keys = model.load_state_dict(rest, strict=False)
@@ -871,7 +876,7 @@ def read_bytes(path):
 
 
 def read_wav(path, data):
-    """A WAV file's bytes, 8 to 32-bit integer or 32-bit float PCM -> (N, channels) float32, rate."""
+    """A WAV file's bytes, 8 to 32-bit integer or float PCM -> (N, channels) float32, rate in Hz."""
     chunks, at = {}, 12
     while at + 8 <= len(data):
         name, size = struct.unpack("<4sI", data[at:at + 8])
@@ -882,7 +887,7 @@ def read_wav(path, data):
         at += 8 + size + size % 2
     header, audio = chunks.get(b"fmt ", b""), chunks.get(b"data")
     if len(header) < 16 or audio is None:
-        raise EchoError(f"{path}: broken WAV, its 'fmt ' or 'data' chunk is missing; export it again")
+        raise EchoError(f"{path}: broken WAV, no 'fmt ' or no 'data' chunk; export it again")
     coding, channels, rate, _, _, bits = struct.unpack("<HHIIHH", header[:16])
     if coding == 0xFFFE and len(header) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the coding follows
         coding = struct.unpack("<H", header[24:26])[0]
@@ -901,7 +906,7 @@ def read_wav(path, data):
 
 
 def load_audio(path, sample_rate=Config.sample_rate):
-    """A clip as a mono waveform, (N,) float32 at `sample_rate`. WAV; other formats by torchcodec."""
+    """A clip as a mono waveform, (N,) float32 at `sample_rate`; formats but WAV need torchcodec."""
     data = read_bytes(path)
     if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
         wave, rate = read_wav(path, data)
@@ -962,9 +967,9 @@ def read_questions(path, audio_root="", needs=("answer",)):
     for number, row in enumerate(read_rows(path, ("question", *needs)), 1):
         answer, audio = row.get("answer"), row.get("audio_path") or row.get("audio_id")
         choices = row.get("multi_choice", row.get("choices"))
-        texts = isinstance(choices, list) and all(isinstance(c, str) for c in choices)
+        texts = isinstance(choices, list) and choices and all(isinstance(c, str) for c in choices)
         wrong = ("no 'audio_path' (or 'audio_id')" if not isinstance(audio, str) else
-                 "no 'multi_choice' (or 'choices'), a list of texts" if not choices or not texts else
+                 "no 'multi_choice' (or 'choices'), a list of texts" if not texts else
                  f"'answer' is not a text: {answer!r}" if not isinstance(answer, str | None) else
                  f"the answer {answer!r} is not among the choices"
                  if needs and not any(same_answer(answer, c) for c in choices) else None)
@@ -978,8 +983,8 @@ def read_questions(path, audio_root="", needs=("answer",)):
 
 
 class Clips:
-    """Features of audio files, each encoded once and by itself: a run that goes on after a kill sees
-    the very same numbers. Kept up to `keep_bytes`."""
+    """Features of audio files, each encoded once and by itself: a run that goes on after a kill
+    sees the very same numbers. Kept up to `keep_bytes`."""
 
     def __init__(self, model, keep_bytes=2e9):
         self.model, self.kept, self.room = model, {}, keep_bytes
@@ -1112,7 +1117,7 @@ class Training:
     """Optimiser, log and saves of one training, which may be killed at any moment and run again.
 
     All randomness of a training is drawn from (seed, step): step, trained weights and optimiser are
-    all there is to save. `rates` gives parts of the module a learning rate of their own, as a factor.
+    all there is to save. `rates`: factors on the learning rate of parts of the module.
     """
     def __init__(self, folder, module, settings, rates={}):
         self.folder, self.step, self.log_bytes = Path(folder), 0, 0
@@ -1203,8 +1208,8 @@ class Training:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 torch.distributed.all_reduce(p.grad)
         if not nn.utils.clip_grad_norm_(self.trained.values(), clip_norm).isfinite():
-            raise EchoError(f"{self.folder}, step {self.step}: the gradient is not finite; the last "
-                            "save is good, go on with a lower learning rate in another --out")
+            raise EchoError(f"{self.folder}, step {self.step}: the gradient is not finite; start "
+                            "again with a lower learning rate in another --out")
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["rate"]
         self.optimizer.step()

@@ -25,10 +25,10 @@ import torch
 import torchaudio
 from tqdm import tqdm
 
-from echo import (AUDIO, INSERTS, REASONS, EchoError, Question, Rollout, Sample, Segment, ask,
-                  extract_answer, load, load_audio, main, parse_settings, pick_device,
-                  read_questions, require, response_metrics, same_answer, set_precision,
-                  set_trainable, split_segments, write_atomically)
+from echo import (AUDIO, DTYPES, INSERTS, REASONING, REASONS, EchoError, Question, Rollout, Sample,
+                  Segment, ask, extract_answer, load, load_audio, main, parse_settings,
+                  pick_device, read_questions, require, response_metrics, same_answer,
+                  set_precision, set_trainable, split_segments, write_atomically)
 from make_data import wav_bytes
 
 
@@ -40,7 +40,7 @@ class Settings:
     model: str = "runs/rl"           # checkpoint folder
     reasoning: str = "interleaved"   # or text: segments are written but not heard
     insert: str = "segment"          # controls: random (another place, same length) or silence
-    temperature: float = 0.0         # 0: greedy, as in the README's tables; the paper samples at 0.7
+    temperature: float = 0.0         # 0: greedy, as in the README; the paper samples at 0.7
     max_new_tokens: int = 0          # sampled tokens at most; 0: the model's own limit
     seed: int = 0                    # of the draws, and of the random control
     device: str = "auto"             # cuda if there is one, else cpu
@@ -154,8 +154,9 @@ def open_part(settings, questions):
     if not settings.output:
         return None, []
     part = Path(settings.output + ".part")
-    run = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("json", "html", "device")}
-    run = json.loads(json.dumps(run))
+    run = json.loads(json.dumps(dataclasses.asdict(settings)))
+    for free in ("json", "html", "device"):
+        del run[free]
     done = []
     if part.is_file():
         whole = part.read_text(encoding="utf-8")
@@ -182,7 +183,8 @@ def answer_batch(model, questions, settings):
             usable.append((q, row))
         except EchoError as error:
             tqdm.write(f"row {q.row.get('id')}: {error}")
-            row |= {"response": "", "segments": [], "ended": None, "seconds": 0.0, "error": str(error)}
+            row |= {"response": "", "segments": [], "ended": None, "seconds": 0.0,
+                    "error": str(error)}
     began = time.time()
     responses = answer(model, [q for q, _ in usable], waves, settings)
     seconds = round((time.time() - began) / max(1, len(usable)), 4)
@@ -331,8 +333,9 @@ def response_html(response, segments):
         label = escape("</seg>" if inside is None else f"<seg>{inside}</seg>")
         out.append(escape(before))
         if s["heard"]:
-            out.append(f'<button class="chip" style="background:{COLOURS[i % 8]}" title="play this part" '
-                       f'data-start="{s["start_s"]}" data-end="{s["end_s"]}">&#9654; {label}</button>')
+            out.append(f'<button class="chip" style="background:{COLOURS[i % 8]}" '
+                       f'title="play this part" data-start="{s["start_s"]}" '
+                       f'data-end="{s["end_s"]}">&#9654; {label}</button>')
         else:
             out.append(f'<span class="chip rejected">{label} &#10007; {escape(s["reason"])}</span>')
     return "".join(out) + escape(rest)
@@ -349,20 +352,22 @@ def clip_html(wave, sample_rate, q, row):
                       f'left:{left:.2f}%;width:{width:.2f}%"></div>')
     said = row["answer"] or ""
     for c in q.choices:
-        items += (f"<li>{escape(c)}{' &larr; answer' * same_answer(c, said)}"
-                  f"{' <b class=right>&#10003; truth</b>' * bool(q.answer and same_answer(c, q.answer))}</li>")
+        mark = " &larr; answer" if same_answer(c, said) else ""
+        if q.answer and same_answer(c, q.answer):
+            mark += ' <b class="right">&#10003; truth</b>'
+        items += f"<li>{escape(c)}{mark}</li>"
     verdict = ""
     if q.answer:
         verdict = "right" if same_answer(said, q.answer) else "wrong"
     ticks = "".join(f"<span>{seconds * i / 6:.1f} s</span>" for i in range(7))
     picture = data_uri("image/png", spectrogram_png(wave, sample_rate))
     sound = data_uri("audio/wav", wav_bytes(wave.numpy().clip(-1, 1), sample_rate))
-    return (f'<div class="clip"><div class="spectrogram"><img alt="spectrogram" src="{picture}">{spans}'
-            f'<div class="cursor"></div></div><div class="axis">{ticks}</div>'
+    return ('<div class="clip"><div class="spectrogram">'
+            f'<img alt="spectrogram" src="{picture}">{spans}<div class="cursor"></div></div><div class="axis">{ticks}</div>'
             f'<audio controls src="{sound}"></audio><p><b>{escape(q.question)}</b></p>'
             f'<div class="response">{response_html(row["response"], row["segments"])}</div>'
             f'<p>Answer: <b>{escape(said or "none")}</b> <b class="{verdict}">{verdict}</b> '
-            f'<span class="soft">ended: {escape(str(row["ended"]))}</span></p><ul>{items}</ul></div>')
+            f'<span class="soft">ended: {row["ended"]}</span></p><ul>{items}</ul></div>')
 
 
 @torch.no_grad()
@@ -394,12 +399,13 @@ def trace_page(path, model, wave, q, rollout, settings):
     series = [("first listen", COLOURS[1], list(enumerate(shares[:, 0].tolist())), False),
               ("re-listened segments", COLOURS[0], list(enumerate(shares[:, 1].tolist())), False),
               ("text decoding", "#868e96", list(enumerate(text_shares[:, 0].tolist())), True)]
-    late, text_late = (x[25:].sum(1).mean().item() if len(x) > 25 else 0.0 for x in (shares, text_shares))
-    body = (f"<h1>Echo listens again</h1>{clip_html(wave, model.config.sample_rate, q, trace(rollout))}"
+    late, text_late = (x[25:].sum(1).mean().nan_to_num() for x in (shares, text_shares))
+    clip = clip_html(wave, model.config.sample_rate, q, trace(rollout))
+    body = (f"<h1>Echo listens again</h1>{clip}"
             f"<h2>Attention on audio tokens at each decoding step</h2>{chart(series, 'step')}"
-            f"<p class=soft>Mean over layers and heads. From step 25 on: {late:.1%} here, {text_late:.1%} "
-            "in the text decoding of the same question. The paper reports 10-14% interleaved and below "
-            "5% in text, for a model of 7 billion parameters.</p>")
+            f"<p class=soft>Mean over layers and heads. From step 25 on: {late:.1%} here, "
+            f"{text_late:.1%} in the text decoding of the same question. The paper reports 10-14% "
+            "interleaved and below 5% in text, for a model of 7 billion parameters.</p>")
     page(path, "Echo: a trace", body)
 
 
@@ -412,12 +418,14 @@ def index_page(path, questions, rows, sample_rate, limit=60):
         wave = load_audio(q.path, sample_rate)
         parts.append(f'<details data-kind="{escape(q.category)}" data-right="{right}"><summary>'
                      f'<b class="{right}">{right}</b> {escape(str(q.row.get("id", "")))}: '
-                     f'{escape(q.question)}</summary>{clip_html(wave, sample_rate, q, row)}</details>')
+                     f'{escape(q.question)}</summary>'
+                     f'{clip_html(wave, sample_rate, q, row)}</details>')
     options = "".join(f'<option value="{escape(k)}">{escape(k)}</option>' for k in kinds)
     page(path, "Echo: traces",
          f'<h1>{len(parts)} of {len(rows)} traces</h1><p><select id="right"><option value="">'
          "right and wrong</option><option>right</option><option>wrong</option></select> "
-         f'<select id="kind"><option value="">all kinds</option>{options}</select></p>{"".join(parts)}')
+         f'<select id="kind"><option value="">all kinds</option>{options}</select></p>'
+         + "".join(parts))
 
 
 METRICS = {  # every metric of a log; eval_: on held-out clips, greedy
@@ -503,7 +511,7 @@ def report_page(folder, against=""):
 
 def run():
     settings = parse_settings(Settings, __doc__)
-    require(settings, reasoning=("interleaved", "text"), insert=INSERTS, dtype=("auto", "fp32", "bf16"))
+    require(settings, reasoning=REASONING, insert=INSERTS, dtype=DTYPES)
     if settings.report:
         report_page(settings.report, settings.against)
         return print(f"wrote {Path(settings.report) / 'report.html'}")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from echo import EchoError, load_audio, main, parse_segment, parse_settings, write_atomically
 
 SYNTHETIC = ("hum", "rumble", "buzz", "tone", "chirp", "bell", "whistle", "hiss")
-NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}  # the fine detail: pulses in a sound
+NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}  # pulses in a sound: the detail
 CATEGORIES = ("count", "order", "count_after")
 
 
@@ -36,7 +36,7 @@ class Settings:
     train_clips: int = 2400   # one row of each category per clip
     test_clips: int = 200
     seed: int = 0             # same seed, same bytes
-    sounds: str = ""          # a folder with a folder of WAV files for each kind, five kinds or more
+    sounds: str = ""          # a folder with a folder of WAV files for each kind, five or more
     hold_out: float = 0.0     # share of each kind's recordings that the test clips alone have
     qa_faults: float = 0.06   # share of rows whose question or answer is broken on purpose
     cot_faults: float = 0.22  # share of rows with a broken chain (the paper's RL : SFT is 22 : 76)
@@ -62,7 +62,7 @@ def wav_bytes(samples, sample_rate=SAMPLE_RATE):
 
 
 def carrier(kind, t, rng):
-    """The sound of a kind at times `t` (seconds), unit power; its pitch varies by 15% either way."""
+    """The sound of a kind at times `t` (seconds), unit power; its pitch varies by 15%."""
     pitch = rng.uniform(0.85, 1.15)
     if kind in ("rumble", "hiss"):  # noise below 250 Hz, noise above 4 kHz
         spectrum = np.fft.rfft(rng.standard_normal(t.size))
@@ -112,7 +112,7 @@ def read_sounds(folder, hold_out, seed):
 
 
 def from_edge(n_pulses, t):
-    """How far inside a pulse time `t` (0 to 1 over the sound) lies, in periods; negative between."""
+    """How far inside a pulse time `t` (0 to 1 over the sound) lies, in periods; else negative."""
     return 0.3 - abs(t * n_pulses % 1.0 - 0.5)
 
 
@@ -148,7 +148,8 @@ def synthesise(rng, sounds=None):
     gaps = np.sort(rng.integers(0, slots - n_sounds * per_sound + 1, n_sounds))  # slots before each
     t = np.arange(round(CLIP_S * SAMPLE_RATE)) / SAMPLE_RATE
     clip, events = room(t, rng), []
-    for i, kind in enumerate(map(str, rng.choice(sorted(sounds or SYNTHETIC), n_sounds, replace=False))):
+    kinds = rng.choice(sorted(sounds or SYNTHETIC), n_sounds, replace=False)
+    for i, kind in enumerate(map(str, kinds)):
         start_s, pulses = float((gaps[i] + i * per_sound) * GRID_S), int(rng.choice(list(NUMBERS)))
         a = round(start_s * SAMPLE_RATE)
         b = a + round(SOUND_S * SAMPLE_RATE)
@@ -159,7 +160,8 @@ def synthesise(rng, sounds=None):
             sound = carrier(kind, t[a:b], rng)
         level = 10 ** (rng.uniform(-22, -14) / 20)
         clip[a:b] += level * sound * pulse_train(pulses, b - a, rng.choice([0.001, 0.004, 0.012]))
-        events.append({"kind": kind, "start_s": start_s, "end_s": start_s + SOUND_S, "pulses": pulses})
+        events.append({"kind": kind, "start_s": start_s, "end_s": start_s + SOUND_S,
+                       "pulses": pulses})
     return np.clip(clip, -1, 1), events
 
 
@@ -292,8 +294,9 @@ def double_choice(row, events, kinds, rng):
 
 
 QA_FAULTS = {f.__name__: f for f in (wrong_answer, absent_sound, lost_choice, double_choice)}
-COT_FAULTS = {f.__name__: f for f in (shift_segment, miscount, misname, contradict, take_back, embellish,
-                                      past_the_end, reversed_segment, no_segment, broken_tag)}
+COT_FAULTS = {f.__name__: f for f in (
+    shift_segment, miscount, misname, contradict, take_back, embellish, past_the_end,
+    reversed_segment, no_segment, broken_tag)}
 
 
 # ---------------------------------------------------------------------------------- the judge
@@ -417,7 +420,8 @@ def run():
     settings = parse_settings(Settings, __doc__)
     if settings.train_clips < 1 or settings.test_clips < 1:
         raise EchoError("--train-clips and --test-clips: must be at least 1")
-    if min(settings.qa_faults, settings.cot_faults) < 0 or settings.qa_faults + settings.cot_faults > 1:
+    faults = settings.qa_faults, settings.cot_faults
+    if min(faults) < 0 or sum(faults) > 1:
         raise EchoError("--qa-faults and --cot-faults: shares of all rows, together at most 1")
     if not 0 <= settings.hold_out < 1:
         raise EchoError(f"--hold-out {settings.hold_out}: a share, at least 0 and below 1")

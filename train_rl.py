@@ -4,9 +4,9 @@
     python train_rl.py --reasoning text --out runs/rl-text  # B', the text-only control, same steps
 
 A step: `questions` prompts, `group` responses to each at temperature 1, rewards, advantages within
-each group, and `mini_batches` updates of the clipped objective with a k3 KL to the frozen SFT policy
-(echo.grpo_update). Left out of the textbook: a value function (GRPO has none), epochs over the same
-rollouts, and length or difficulty filters on the questions.
+each group, and `mini_batches` updates of the clipped objective with a k3 KL to the frozen SFT
+policy (echo.grpo_update). Left out of the textbook: a value function (GRPO has none), epochs over
+the same rollouts, and length or difficulty filters on the questions.
 """
 import copy
 import time
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from echo import (REWARDS, EchoError, Training, already_trained, ask, evaluate, follow_decoder,
-                  group_advantages, grpo_update, is_right, linear_schedule, load, load_audio, main,
-                  parse_settings, pick_device, prepare, processes, read_questions, require,
-                  response_metrics)
+from echo import (DTYPES, INSERTS, REASONING, REWARDS, EchoError, Training, already_trained, ask,
+                  evaluate, follow_decoder, group_advantages, grpo_update, is_right,
+                  linear_schedule, load, load_audio, main, parse_settings, pick_device, prepare,
+                  processes, read_questions, require, response_metrics)
 from generate import report_page
 
 
@@ -75,7 +75,8 @@ def main_loop(settings, policy):
     test = []
     if settings.test != "none":
         test = read_questions(settings.test, settings.audio_root)[:settings.eval_questions]
-    training = Training(settings.out, policy, asdict(settings), {"projector": settings.projector_rate})
+    training = Training(settings.out, policy, asdict(settings),
+                        {"projector": settings.projector_rate})
 
     def check():
         if test:
@@ -141,11 +142,10 @@ def report(settings):
 
 def run():
     settings = parse_settings(Settings, __doc__)
-    require(settings, reward=REWARDS, reasoning=("interleaved", "text"), dtype=("auto", "fp32", "bf16"),
-            insert=("segment", "random", "silence"))
+    require(settings, reward=REWARDS, reasoning=REASONING, insert=INSERTS, dtype=DTYPES)
     if settings.temperature <= 0:
-        raise EchoError(f"--temperature {settings.temperature}: must be above 0, or all responses of a "
-                        "group are the same")
+        raise EchoError(f"--temperature {settings.temperature}: must be above 0, or all responses "
+                        "of a group are the same")
     policy, (_, world) = load(settings.model, pick_device(settings.device)), processes()
     follow_decoder(settings, BY_DECODER, policy.config.decoder)
     if settings.questions % (settings.mini_batches * world) or settings.group < 2:

@@ -1,4 +1,4 @@
-"""Stage 1 of Echo, and before it a stand-in for the pretrained audio model that the paper starts from.
+"""Stage 1 of Echo, and before it a stand-in for the pretrained audio model that it starts from.
 
     python train_sft.py                     # all stages: TIME_SFT on two CPU cores
     python train_sft.py --stage sft --retrain
@@ -9,8 +9,8 @@ align     the decoder learns what is heard where: captions, then instructions,
           half of them with the audio of each segment inserted after its tag        runs/base
 sft       the paper's stage 1: grounded chains, text only                           runs/sft
 
-A stage that is finished is skipped; one that was killed goes on from its last save. Left out: packing
-of several rows into one sequence, and mixing the stages.
+A stage that is finished is skipped; one that was killed goes on from its last save. Left out:
+packing of several rows into one sequence, and mixing the stages.
 """
 import dataclasses
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from echo import (Clips, Config, EchoError, Training, already_trained, build, cut, evaluate,
-                  follow_decoder, linear_schedule, load, load_audio, main, micro_batches,
+from echo import (DTYPES, Clips, Config, EchoError, Training, already_trained, build, cut,
+                  evaluate, follow_decoder, linear_schedule, load, load_audio, main, micro_batches,
                   parse_settings, pick_device, prepare, read_questions, read_rows, require,
                   split_segments)
 from make_data import CATEGORIES, NUMBERS, from_edge, look_for, then_comes, write_row
@@ -162,14 +162,14 @@ def tiny_decoder(config, vocab_size):
     """A Qwen2 decoder small enough to learn from nothing in minutes, thanks to one thing that any
     pretrained decoder has and this one starts with: an induction head (arXiv 2209.11895).
 
-    Layer 0 copies each token's predecessor into a subspace of its own; layer 1 looks for tokens with
-    the same predecessor and copies them. After "the hum <seg>" that is what stands after the audio
-    token that sounds like a hum: its time.
+    Layer 0 copies each token's predecessor into a subspace of its own; layer 1 looks for tokens
+    with the same predecessor and copies them. After "the hum <seg>" that is what stands after the
+    audio token that sounds like a hum: its time.
     """
     decoder = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=vocab_size, hidden_size=config.dim, intermediate_size=2 * config.dim,
         num_hidden_layers=config.layers, num_attention_heads=config.heads,
-        num_key_value_heads=config.heads, max_position_embeddings=4096, initializer_range=0.08,
+        num_key_value_heads=config.heads, max_position_embeddings=32_768, initializer_range=0.08,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4}, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=None))
     half = config.dim // config.heads // 2
@@ -204,7 +204,7 @@ def random_rotation(dim):
 
 
 def new_model(settings, clip_rows):
-    """Encoder and decoder as the flags say; the tiny tokenizer is trained on the data's own words."""
+    """Encoder and decoder as the flags say; the tiny tokenizer is trained on the data's words."""
     config = Config(first_listen_rate=settings.first_listen_rate, encoder=settings.encoder,
                     share_position=settings.share_position, decoder=settings.decoder)
     if settings.decoder != "tiny":
@@ -223,8 +223,8 @@ def new_model(settings, clip_rows):
 
 
 PAPER_PROMPT = ("{question} Choose the answer from {choices}. Think step-by-step. Refer to the "
-                "specific audio segments while thinking, and indicate the corresponding timestamps. "
-                "Answer in the format of <think>...</think><answer>...</answer>.")
+                "specific audio segments while thinking, and indicate the corresponding "
+                "timestamps. Answer in the format of <think>...</think><answer>...</answer>.")
 
 
 # ---------------------------------------------------------------------------------- encoder
@@ -239,7 +239,8 @@ class Detector(nn.Module):
         self.kinds = sorted({e["kind"] for e in events})
         self.counts = sorted({e["pulses"] for e in events if "pulses" in e})
         self.encoder = encoder
-        self.kind, self.start = nn.Linear(encoder.dim, len(self.kinds) + 1), nn.Linear(encoder.dim, 1)
+        self.kind = nn.Linear(encoder.dim, len(self.kinds) + 1)
+        self.start = nn.Linear(encoder.dim, 1)
         self.pulses = nn.Linear(encoder.dim, max(1, len(self.counts)))
 
     def forward(self, waves, first_listen):
@@ -288,7 +289,8 @@ def train_encoder(training, detector, clips, settings):
             first_labels.append(detector.labels(events, 0.0, first_s, n_first, first_s == token_s))
             crop_labels.append(detector.labels(events, start_s, token_s, n, True))
         metrics = {}
-        for name, sounds, labels in (("frames", crops, crop_labels), ("first", waves, first_labels)):
+        for name in ("frames", "first"):
+            sounds, labels = (crops, crop_labels) if name == "frames" else (waves, first_labels)
             labels = [torch.cat(x).to(training.device) for x in zip(*labels)]
             n = training.sum(len(labels[0]))[0]
             logits = detector(sounds, first_listen=name == "first")
@@ -347,16 +349,18 @@ def align(training, model, clip_rows, settings):
         share = range(settings.align_batch)[training.rank::training.world]
         for i, k in zip(training.batch(len(clip_rows), settings.align_batch, settings.seed), share):
             rng = np.random.default_rng([settings.seed, step, k])
-            path, clip = clip_rows[i]
-            if "A4_events" not in clip:  # a description alone
+            (path, clip), instruct = clip_rows[i], step >= captions
+            events = clip.get("A4_events")
+            if not events:  # a description alone
                 sample = model.prompt(clips(path), "Describe the audio.")
                 samples.append(model.add_response(sample, clip["A1_description"]))
-            elif step >= captions and rng.random() < 0.4:
-                samples.append(short_clips(model, clip["A4_events"], path, clips, rng, kinds))
+            elif instruct and rng.random() < 0.4:
+                samples.append(short_clips(model, events, path, clips, rng, kinds))
             else:
-                samples.append(describe(model, clip["A4_events"], path, clips, rng, step >= captions))
-        lr = settings.align_lr * min(1.0, (step + 1) / 50, (captions + instructions - step) / instructions)
-        fit(training, model, samples, lr, settings)
+                samples.append(describe(model, events, path, clips, rng, instruct))
+        to_the_end = (captions + instructions - step) / instructions
+        fit(training, model, samples, settings.align_lr * min(1.0, (step + 1) / 50, to_the_end),
+            settings)
 
 
 def describe(model, events, path, clips, rng, instruct):
@@ -434,8 +438,8 @@ def make_encoder(folder, model, clip_rows, mine, settings):
     """Train the small encoder; start the projector, whatever the encoder, if events are known."""
     small, known = settings.encoder == "small", all("A4_events" in clip for _, clip in clip_rows)
     if small and not known:
-        raise EchoError(f"{settings.clips}: rows without 'A4_events' can't train the small encoder; "
-                        "give --encoder a Whisper checkpoint")
+        raise EchoError(f"{settings.clips}: rows without 'A4_events' can't train the small "
+                        "encoder; give --encoder a Whisper checkpoint")
     detector = Detector(model.encoder, clip_rows if known else []).to(model.device)
     training = Training(folder, detector, mine)
     if small:
@@ -458,7 +462,7 @@ def stage_settings(stage, settings):
 
 def run():
     settings = parse_settings(Settings, __doc__)
-    require(settings, stage=("all", *STAGES), dtype=("auto", "fp32", "bf16"))
+    require(settings, stage=("all", *STAGES), dtype=DTYPES)
     device = pick_device(settings.device)
     follow_decoder(settings, BY_DECODER, settings.decoder)
     for stage in STAGES if settings.stage == "all" else (settings.stage,):
