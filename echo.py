@@ -270,8 +270,11 @@ class Echo(nn.Module):
 
     @torch.no_grad()
     def hear(self, waves, first_listen=False):
-        """Waveforms (N_i,) -> features (n_i, encoder dim)."""
-        return self.encoder([w.to(self.device) for w in waves], first_listen)
+        """Waveforms (N_i,) -> features (n_i, encoder dim); 32 at a time, to bound the memory."""
+        features = []
+        for at in range(0, len(waves), 32):
+            features += self.encoder([w.to(self.device) for w in waves[at:at + 32]], first_listen)
+        return features
 
     def prompt(self, features, question, choices=()):
         """What a response continues: the first listen, its times as text, and the question.
@@ -328,10 +331,12 @@ class Echo(nn.Module):
                 inputs_embeds=self.embed(ids, audio), attention_mask=mask, position_ids=position,
                 past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
-    def logits(self, hidden):
-        """(n, D) -> (n, V), always fp32: in bf16, logits of 16 to 32 would be 0.125 apart."""
-        with torch.autocast(self.device.type, enabled=False):
-            return F.linear(hidden.float(), self.decoder.lm_head.weight.float())
+    def logits(self, hidden, exact=True):
+        """(n, D) -> (n, V). exact: in fp32, since in bf16 logits of 16 to 32 are 0.125 apart, which
+        is good enough to sample from, and fast, but not for a ratio of probabilities."""
+        head = self.decoder.lm_head.weight
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and not exact):
+            return F.linear(hidden.float(), head.float() if exact else head).float()
 
     def forward(self, samples, temperature=1.0):
         """Log-probs of every trained token, flat in the order of the samples: (n,).
@@ -435,6 +440,9 @@ def rollouts(model, prompts, waves, group=1, reasoning="interleaved", temperatur
         for at in range(0, len(rows), size):
             decode(model, rows[at:at + size], group, reasoning, temperature, n_tokens, insert,
                    watch)
+    for row in rows:  # again from all ids: a letter beyond ASCII may have been cut between tokens
+        ids = [i for i, new in zip(row.sample.ids, row.sample.trained) if new]
+        row.text = model.tokenizer.decode([i for i in ids if i not in model.eos_ids])
     return rows
 
 
@@ -483,7 +491,7 @@ def sample_tokens(model, hidden, rows, temperature):
     By the inverse of the cumulated probabilities: one draw of the row's own generator, where
     torch.multinomial takes one for each id of the vocabulary.
     """
-    logp = model.logits(hidden / (temperature or 1.0)).log_softmax(-1)           # (rows, V)
+    logp = model.logits(hidden / (temperature or 1.0), exact=False).log_softmax(-1)  # (rows, V)
     if temperature:
         total = logp.exp().cumsum(-1)
         draw = torch.cat([torch.rand(1, 1, generator=row.draws) for row in rows]).to(total)
