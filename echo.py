@@ -321,14 +321,16 @@ class Echo(nn.Module):
         """(B, T) ids -> (B, T, D): token embeddings, the projected audio where ids are AUDIO."""
         x = self.decoder.get_input_embeddings()(ids.clamp_min(0)).float()
         if audio is not None:
-            x = x.masked_scatter((ids == AUDIO)[..., None], self.projector(audio).to(x.dtype))
+            x = x.masked_scatter((ids == AUDIO)[..., None], self.projector(audio))
         return x
 
     def hidden(self, ids, position, mask, audio, cache=None):
         """(B, T, D) last hidden states; `mask` (B, cached + T) marks the real tokens."""
+        with torch.autocast(self.device.type, enabled=False):  # the projector's sums cancel out
+            x = self.embed(ids, audio)
         with self.autocast():
             return self.decoder.model(
-                inputs_embeds=self.embed(ids, audio), attention_mask=mask, position_ids=position,
+                inputs_embeds=x, attention_mask=mask, position_ids=position,
                 past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
     def logits(self, hidden, exact=True):

@@ -380,9 +380,10 @@ def attention_shares(model, rollout):
     implementation = model.decoder.config._attn_implementation
     model.decoder.set_attn_implementation("eager")  # the one that returns its weights
     ids, position, mask, audio = model.tensors([rollout.sample])
+    x = model.embed(ids, audio)
     with model.autocast():
-        weights = model.decoder.model(inputs_embeds=model.embed(ids, audio), attention_mask=mask,
-                                      position_ids=position, output_attentions=True).attentions
+        weights = model.decoder.model(inputs_embeds=x, attention_mask=mask, position_ids=position,
+                                      output_attentions=True).attentions
     model.decoder.set_attn_implementation(implementation)
     weights = torch.stack([w.float().mean(1) for w in weights]).mean(0)[0]  # (T, T)
     heard = (ids[0] == AUDIO).float()
@@ -461,19 +462,18 @@ METRICS = {  # every metric of a log; eval_: on held-out clips, greedy
     "order": "share of right answers to which sound comes right after X: two places",
     "count_after": "share of right answers to how many pulses the sound right after X has: two segments and detail",
     "place_loss": "SFT: loss of the first token of a time after <seg>, in nats: is the place known?",
-    "rejected_malformed": "share of the closed tags not heard: not two times",
-    "rejected_reversed": "share of the closed tags not heard: the end before the start",
-    "rejected_outside_the_clip": "share of the closed tags not heard: over 0.1 s past the end",
-    "rejected_too_short": "share of the closed tags not heard: under 0.2 s",
-    "rejected_too_long": "share of the closed tags not heard: over 30 s",
-    "rejected_too_many_turns": "share of the closed tags not heard: after 8 heard",
-    "rejected_text_reasoning": "share of the closed tags not heard: nothing is heard in text reasoning",
-    "rejected_no_room_left": "share of the closed tags not heard: at the length limit",
+    "rejected": "share of the closed tags that were not heard, by reason",
     "frames_loss": "encoder: detection loss of a token at the full rate, in nats",
     "frames_right": "encoder: share of the tokens at the full rate with the right kind of sound",
     "first_loss": "encoder: detection loss of a first-listen token",
     "first_right": "encoder: share of the first-listen tokens with the right kind of sound",
 }
+
+
+def plain_name(metric):
+    """eval_right -> right, rejected_too_short -> rejected."""
+    metric = metric.removeprefix("eval_")
+    return "rejected" if metric.startswith("rejected_") else metric
 
 
 def read_log(folder):
@@ -501,7 +501,7 @@ def report_page(folder, against=""):
                 line = [(entry["step"], entry[name]) for entry in log if name in entry]
                 series.append((run, COLOURS[i], line, i > 0))
             if name != "step" and any(y for _, _, line, _ in series for _, y in line):
-                meaning = METRICS.get(name, METRICS.get(name.removeprefix("eval_"), ""))
+                meaning = METRICS.get(name) or METRICS.get(plain_name(name), "")
                 cards += (f"<div><b>{escape(name)}</b>{chart(series, 'step', 320, 150)}"
                           f"<p>{escape(meaning)}</p></div>")
         body += f"<h2>{escape(title)}</h2>" * bool(title) + f'<div class="grid">{cards}</div>'
