@@ -10,7 +10,8 @@ The whole method, A being a clip and q a question about it:
     R     = format + consistency + accuracy + segment          # the four rewards of a response
     adv   = (R - mean R) / std R                               # within the group of one question
     ratio = p(o) / p_old(o)                                    # of each sampled token
-    loss  = -min(ratio adv, clip(ratio) adv) + kl_weight k3    # GRPO, arXiv 2402.03300
+    loss  = -min(ratio adv, clamp(ratio) adv) + kl_weight k3   # GRPO, arXiv 2402.03300; k3: the
+                                                               # KL to the SFT policy, per token
 
 Stage 1, SFT (train_sft.py), teaches to write tags, from text alone; stage 2, GRPO (train_rl.py),
 teaches to gain from what they bring. Read from the top:
@@ -21,6 +22,7 @@ teaches to gain from what they bring. Read from the top:
 """
 import argparse
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -66,8 +68,10 @@ class Config:
     n_mels: int = 40
     window_length: int = 400        # samples, 25 ms
     hop_length: int = 160           # samples, 10 ms
-    first_listen_rate: float = 2.0  # audio tokens a second in the first listen; 0: the full rate
-    share_position: bool = True     # a re-listened segment takes one position; False: one a token
+    first_listen_rate: float = 2.0  # audio tokens a second; coarse, so that listening again finds
+                                    # something new; 0: the full rate, as in the paper
+    share_position: bool = True     # a re-listened segment takes one position, so that the text
+                                    # around it stays close; False: one a token, as in the paper
     min_segment_s: float = 0.2      # the one minimum, in training and in use, as in the paper
     max_segment_s: float = 30.0
     end_slack_s: float = 0.1        # an end this far past the clip is taken as the clip's end
@@ -105,9 +109,7 @@ SEGMENT = re.compile(rf"\s*{TIME}\s*,\s*{TIME}\s*")
 
 def split_segments(text):
     """Take a text apart at its closed tags: [(text before <seg>, text inside), ...], the rest.
-
-    Inside is None for a </seg> without a <seg> of its own.
-    """
+    Inside is None for a </seg> without a <seg> of its own."""
     *parts, rest = text.split("</seg>")
     pairs = []
     for part in parts:
@@ -117,30 +119,23 @@ def split_segments(text):
 
 
 def parse_segment(inside, duration_s, turns=0, config=Config):
-    """The text between <seg> and </seg> -> Segment; never raises.
-
-    `reason` is None if the segment can be heard, else one of the first six REASONS; `turns` is how
-    many were heard before.
-    """
+    """The text between <seg> and </seg> -> Segment, after `turns` heard ones; never raises. Its
+    reason is None if it can be heard."""
     match = SEGMENT.fullmatch(inside or "")
     if not match:
         return Segment("</seg> without <seg>" if inside is None else inside, reason="malformed")
     start_min, start, end_min, end = (float(x or 0) for x in match.groups())
     start_s, end_s = 60 * start_min + start, 60 * end_min + end
-    if duration_s < end_s <= duration_s + config.end_slack_s:
+    if start_s < duration_s < end_s <= duration_s + config.end_slack_s:
         end_s = duration_s
-    reason, tiny = None, 1e-6
-    if end_s < start_s:
-        reason = "reversed"
-    elif end_s > duration_s:
-        reason = "outside the clip"
-    elif end_s - start_s < config.min_segment_s - tiny:
-        reason = "too short"
-    elif end_s - start_s > config.max_segment_s + tiny:
-        reason = "too long"
-    elif turns >= config.max_turns:
-        reason = "too many turns"
-    return Segment(inside, start_s, end_s, reason=reason)
+    length_s, tiny = end_s - start_s, 1e-6
+    wrong = {"reversed": length_s < 0,
+             "outside the clip": end_s > duration_s,
+             "too short": length_s < config.min_segment_s - tiny,
+             "too long": length_s > config.max_segment_s + tiny,
+             "too many turns": turns >= config.max_turns}
+    reasons = [reason for reason, holds in wrong.items() if holds]
+    return Segment(inside, start_s, end_s, reason=reasons[0] if reasons else None)
 
 
 # ================================================================= 3 text and audio in one sequence
@@ -157,30 +152,25 @@ class Sample:
     audio: list = field(default_factory=list)     # features (n, encoder dim) for AUDIO, in order
 
     def copy(self):
-        return Sample(*(list(getattr(self, f.name)) for f in dataclasses.fields(self)))
+        return Sample(list(self.ids), list(self.trained), list(self.position), list(self.audio))
 
-    def add(self, ids, trained=False):
+    def add(self, ids, trained=False, share_position=False):
         first = self.position[-1] + 1 if self.ids else 0
         self.ids += ids
         self.trained += [trained] * len(ids)
-        self.position += range(first, first + len(ids))
+        self.position += [first] * len(ids) if share_position else range(first, first + len(ids))
         return self
 
     def add_audio(self, features, share_position=False):
         """Append an audio token for each row of `features`; they may share one position."""
-        n = len(features)
-        self.add([AUDIO] * n)
-        if share_position:
-            self.position[-n:] = [self.position[-n]] * n
         self.audio.append(features)
-        return self
+        return self.add([AUDIO] * len(features), share_position=share_position)
 
 
 # ================================================================================== 4 audio encoder
 #
-# The interface, for an encoder of your own: `TOKENS_PER_SECOND`, `dim`, and
-# forward(waves: list of (N_i,), first_listen: bool) -> list of (n_i, dim), where a waveform gives
-# the same tokens alone and in a batch.
+# For an encoder of your own: `TOKENS_PER_SECOND`, `dim`, and forward(waves: list of (N_i,),
+# first_listen: bool) -> list of (n_i, dim), the same for a waveform alone and in a batch.
 
 class SmallEncoder(nn.Module):
     """Log-mel, two strided convolutions (100 frames a second -> 25 tokens), transformer layers.
@@ -212,7 +202,8 @@ class SmallEncoder(nn.Module):
         mel = self.mel(F.pad(wave, (before, after)))                      # (n_mels, frames)
         if first_listen and self.config.first_listen_rate:
             frames = round(self.config.sample_rate / hop / self.config.first_listen_rate)
-            mel = F.avg_pool1d(mel, frames, ceil_mode=True).repeat_interleave(4, 1)
+            mel = F.avg_pool1d(mel, frames, ceil_mode=True)
+            mel = mel.repeat_interleave(4, 1)                             # the convolutions' stride
         return (mel.clamp_min(1e-6).log10() + 2).T
 
     def forward(self, waves, first_listen):
@@ -244,7 +235,8 @@ class Echo(nn.Module):
     def __init__(self, config, encoder, decoder, tokenizer):
         super().__init__()
         self.config, self.encoder, self.decoder = config, encoder, decoder
-        self.tokenizer, self.bf16, self.pieces = tokenizer, False, {}
+        self.tokenizer, self.bf16 = tokenizer, False
+        self.piece = functools.cache(lambda token: tokenizer.decode([token]))  # a token's text
         self.projector = nn.Linear(encoder.dim, decoder.config.hidden_size)
         stop = getattr(decoder.generation_config, "eos_token_id", None) or []
         self.eos_ids = {tokenizer.eos_token_id, *([stop] if isinstance(stop, int) else stop)}
@@ -262,18 +254,13 @@ class Echo(nn.Module):
     def ids(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def piece(self, token):
-        """The text of one token."""
-        if token not in self.pieces:
-            self.pieces[token] = self.tokenizer.decode([token])
-        return self.pieces[token]
-
     @torch.no_grad()
     def hear(self, waves, first_listen=False):
-        """Waveforms (N_i,) -> features (n_i, encoder dim); 32 at a time, to bound the memory."""
-        features = []
-        for at in range(0, len(waves), 32):
-            features += self.encoder([w.to(self.device) for w in waves[at:at + 32]], first_listen)
+        """Waveforms (N_i,) -> features (n_i, encoder dim) in fp32; 32 at once, to bound memory."""
+        features, waves = [], [w.to(self.device) for w in waves]
+        with torch.autocast(self.device.type, enabled=False):
+            for at in range(0, len(waves), 32):
+                features += self.encoder(waves[at:at + 32], first_listen)
         return features
 
     def prompt(self, features, question, choices=()):
@@ -326,8 +313,8 @@ class Echo(nn.Module):
 
     def hidden(self, ids, position, mask, audio, cache=None):
         """(B, T, D) last hidden states; `mask` (B, cached + T) marks the real tokens."""
-        with torch.autocast(self.device.type, enabled=False):  # the projector's sums cancel out
-            x = self.embed(ids, audio)
+        with torch.autocast(self.device.type, enabled=False):  # bf16 would lose what the projector
+            x = self.embed(ids, audio)                         # leaves of large terms
         with self.autocast():
             return self.decoder.model(
                 inputs_embeds=x, attention_mask=mask, position_ids=position,
@@ -353,7 +340,7 @@ class Echo(nn.Module):
             left = ids.shape[1] - len(s.ids)
             at += [(row, left + t) for t, trained in enumerate(s.trained) if trained]
         row, t = torch.tensor(at, device=self.device).T
-        before, token = hidden[row, t - 1] / temperature, ids[row, t]     # (n, D), (n,)
+        before, token = hidden[row, t - 1] / temperature, ids[row, t]     # t - 1 predicts t
 
         def head(before, token):
             return -F.cross_entropy(self.logits(before), token, reduction="none")
@@ -388,7 +375,8 @@ def micro_batches(samples, budget):
 
 @dataclass
 class Rollout:
-    """A response while it is written, and its trace afterwards."""
+    """A response while it is written, and its trace afterwards. Its ids before `cached` are in the
+    KV cache; the newest never is."""
     sample: Sample              # the prompt, then sampled ids and inserted audio
     wave: torch.Tensor          # the original clip, (N,)
     draws: torch.Generator      # this row's own
@@ -399,8 +387,8 @@ class Rollout:
     waiting: bool = False       # for the audio of its last segment
     ended: str | None = None    # "eos" or "length"
     n_prompt: int = 0           # length of the prompt in ids
-    cached: int = 0             # so many of its ids are in the KV cache
-    computed: int = 0           # positions computed for it, padding included
+    cached: int = 0
+    computed: int = 0           # positions computed for it, padding included: a metric
 
     @property
     def heard(self):
@@ -428,6 +416,7 @@ def rollouts(model, prompts, waves, group=1, reasoning="interleaved", temperatur
     greedy. seeds: one a response, whose draws depend on it alone and not on its neighbours.
     max_rows: decoded at once. watch(rollout, Segment or None) is called after every token.
     """
+    model.eval()
     n_tokens = max_new_tokens or model.config.max_new_tokens
     rows, room = [], model.decoder.config.max_position_embeddings - n_tokens
     for k, (prompt, wave) in enumerate(zip(prompts, waves)):
@@ -438,7 +427,7 @@ def rollouts(model, prompts, waves, group=1, reasoning="interleaved", temperatur
             draws = torch.Generator().manual_seed(int(seeds[g]) if seeds is not None else g)
             rows.append(Rollout(prompt.copy(), wave, draws, n_prompt=len(prompt.ids)))
     size = max(1, max_rows // group) * group
-    with model.autocast():  # one context: weights are cast once, not at every token
+    with model.autocast():  # one context: trained weights are cast once, not at every token
         for at in range(0, len(rows), size):
             decode(model, rows[at:at + size], group, reasoning, temperature, n_tokens, insert,
                    watch)
@@ -453,7 +442,8 @@ def decode(model, batch, group, reasoning, temperature, max_new_tokens, insert, 
 
     A row that closes a segment waits. Once at least as many rows wait as run, all their segments
     are encoded together, appended and prefilled: singly, each would cost all rows a pass, and
-    waiting for the last would leave most rows idle.
+    waiting for the last would leave most rows idle. Rows that wait or ended feed nothing: their
+    columns are masked.
     """
     cache = Cache(config=model.decoder.config)
     cache.dtype = torch.bfloat16 if model.bf16 else torch.float32
@@ -479,20 +469,17 @@ def decode(model, batch, group, reasoning, temperature, max_new_tokens, insert, 
         if not running:
             return
         batch, mask = shrink(cache, batch, mask)
-        now = [not row.waiting and not row.ended for row in batch]
-        since = [row.cached if new else len(row.sample.ids) for row, new in zip(batch, now)]
+        runs = [not row.waiting and not row.ended for row in batch]
+        since = [row.cached if run else len(row.sample.ids) for row, run in zip(batch, runs)]
         ids, position, real, audio = model.tensors([row.sample for row in batch], since)
         mask, computed = torch.cat([mask, real], 1), ids.shape[1]
         hidden = model.hidden(ids, position, mask, audio, cache)[:, -1]
-        hidden = hidden[torch.tensor(now, device=hidden.device)]
+        hidden = hidden[torch.tensor(runs, device=hidden.device)]
 
 
 def sample_tokens(model, hidden, rows, temperature):
-    """The next token of each row and its log-prob: two lists. hidden: (rows, D).
-
-    By the inverse of the cumulated probabilities: one draw of the row's own generator, where
-    torch.multinomial takes one for each id of the vocabulary.
-    """
+    """The next token of each row and its log-prob: two lists. hidden: (rows, D). Sampled by the
+    inverse of the cumulated probabilities: one draw, where torch.multinomial takes one an id."""
     logp = model.logits(hidden / (temperature or 1.0), exact=False).log_softmax(-1)  # (rows, V)
     if temperature:
         total = logp.exp().cumsum(-1)
@@ -513,7 +500,7 @@ def add_token(model, row, token, logp, reasoning, max_new_tokens):
         return None
     answered = row.text.partition("<answer>")[2]
     row.text += model.piece(token)
-    if not answered and row.text.partition("<answer>")[2]:
+    if not answered and row.text.partition("<answer>")[2]:  # the first token after <answer>
         row.confidence = math.exp(logp)
     if len(row.logprobs) >= max_new_tokens:
         row.ended = "length"
@@ -558,7 +545,7 @@ def shrink(cache, batch, mask):
     if 2 * mask[alive].sum() >= mask.numel():
         return batch, mask
     mask = mask[alive]
-    order = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()):]           # padding first
+    order = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()):]  # padding first, then out
     for layer in cache.layers:
         at = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
         layer.keys, layer.values = (x[alive].gather(2, at) for x in (layer.keys, layer.values))
@@ -591,8 +578,8 @@ def format_reward(text):
 
 
 def consistency_reward(text):
-    """-0.1 for every </seg> that the sentence does not go on after, at least -0.5: a capital or a
-    tag follows (the paper), or no word does before the next tag (here)."""
+    """-0.1 for every </seg> followed by a capital or a tag (the paper), or by no word before the
+    next tag (here); at least -0.5."""
     broken_off = 0
     for after in text.split("</seg>")[1:]:
         after = after.strip()
@@ -634,6 +621,7 @@ def group_advantages(rewards, eps=1e-4):
 
 def grpo_loss(logp, old_logp, ref_logp, advantage, clip=0.2, kl_weight=0.04):
     """The GRPO objective of each token (arXiv 2402.03300, eq. 3 and 4) as a loss; all are (n,).
+    The reference policy is the SFT policy, frozen.
 
         ratio = exp(logp - old_logp)
         loss  = -min(ratio A, clip(ratio, 1 - c, 1 + c) A) + kl_weight k3
@@ -655,8 +643,8 @@ def response_weights(samples, n_responses):
 def grpo_update(training, policy, reference, responses, advantages, settings, lr):
     """`settings.mini_batches` updates on the responses of one step. advantages: (responses,).
 
-    Log-probs before the update are those of sampling; in bf16 they are computed again by the pass
-    that trains, since cached decoding rounds otherwise by up to a few hundredths. Returns means.
+    Log-probs before the update are those of sampling; in bf16 an uncached pass like the one that
+    trains computes them again, since cached decoding rounds otherwise. Returns means.
     """
     policy.train()  # nothing drops out; gradient checkpointing works in this mode alone
     samples, budget = [r.sample for r in responses], settings.tokens_per_batch
@@ -664,21 +652,22 @@ def grpo_update(training, policy, reference, responses, advantages, settings, lr
     old = policy.log_probs(samples, settings.temperature, budget) if policy.bf16 else sampled
     ref = reference.log_probs(samples, settings.temperature, budget)
     names, seen = ("loss", "kl", "clip_share", "entropy", "logp_gap"), torch.zeros(5)
-    for mini_batch in torch.arange(len(responses)).chunk(settings.mini_batches):
+    for mini_batch in torch.arange(len(responses)).tensor_split(settings.mini_batches):
         n_responses = training.sum(len(mini_batch))[0]
         for micro in micro_batches([samples[i] for i in mini_batch], budget):
             rows = mini_batch[micro]
             batch = [samples[i] for i in rows]
-            before, base, drawn = (torch.cat([x[i] for i in rows]) for x in (old, ref, sampled))
+            old_logp, ref_logp, sampled_logp = (torch.cat([x[i] for i in rows])
+                                                for x in (old, ref, sampled))
             logp = policy(batch, settings.temperature)
             n_trained = torch.tensor([sum(s.trained) for s in batch])
             advantage = advantages[rows].repeat_interleave(n_trained).to(logp)
             weights = response_weights(batch, n_responses).to(logp)
-            loss, k3, clipped = grpo_loss(logp, before, base, advantage, settings.clip,
+            loss, k3, clipped = grpo_loss(logp, old_logp, ref_logp, advantage, settings.clip,
                                           settings.kl_weight)
             (weights * loss).sum().backward()
-            gap = (logp - drawn).abs()
-            for k, x in enumerate((loss, k3, clipped, -drawn, gap)):  # E[-log p] is the entropy
+            gap = (logp - sampled_logp).abs()
+            for k, x in enumerate((loss, k3, clipped, -sampled_logp, gap)):  # in order of `names`
                 seen[k] += (weights * x.detach()).sum().cpu()
         training.update(lr)
     return dict(zip(names, (x / settings.mini_batches for x in training.sum(*seen))))
@@ -756,7 +745,7 @@ def build(config, decoder=None, tokenizer=None):
 
 
 def set_trainable(model, what):
-    """Train the projector and what --train names; the embedding table only of a tiny decoder, the
+    """Train the projector and what --train names; embeddings and head only of a tiny decoder, the
     audio encoder never."""
     layers = model.decoder.model.layers
     n = int(what[5:]) if re.fullmatch("last-[0-9]+", what) else 0
@@ -856,7 +845,7 @@ def load(folder, device="cpu"):
         described = json.loads((folder / "echo.json").read_text())
         config = Config(**described["config"])
         decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # Auto would make it Qwen's
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # Auto... picks by config.json
         encoder = SmallEncoder(config)
         if "whisper" in described:
             whisper = WhisperModel(WhisperConfig(**described["whisper"])).encoder
@@ -891,9 +880,9 @@ def read_wav(path, data):
     while at + 8 <= len(data):
         name, size = struct.unpack("<4sI", data[at:at + 8])
         chunks.setdefault(name, data[at + 8:at + 8 + size])
-        if name == b"data" and len(chunks[name]) < size < 0xFFFF_FF00:  # streams leave it open
-            raise EchoError(f"{path}: broken WAV, {len(chunks[name])} of {size} bytes of audio are "
-                            "there; export it again")
+        if name == b"data" and len(data) - at - 8 < size < 0x7FFF_0000:  # streams leave it open
+            raise EchoError(f"{path}: broken WAV, {len(data) - at - 8} of {size} bytes of audio "
+                            "are there; export it again")
         at += 8 + size + size % 2
     header, audio = chunks.get(b"fmt ", b""), chunks.get(b"data")
     if len(header) < 16 or audio is None:
@@ -912,7 +901,8 @@ def read_wav(path, data):
         return raw.view("<f4").reshape(-1, channels), rate
     left_aligned = np.zeros((len(raw) // width, 4), np.uint8)  # in 32 bits
     left_aligned[:, 4 - width:] = raw.reshape(-1, width) ^ (128 if bits == 8 else 0)
-    return (left_aligned.view("<i4") / np.float32(2 ** 31)).reshape(-1, channels), rate
+    wave = left_aligned.view("<i4").astype(np.float32) / 2 ** 31
+    return wave.reshape(-1, channels), rate
 
 
 def load_audio(path, sample_rate=Config.sample_rate):
@@ -940,11 +930,13 @@ def read_rows(path, needs=()):
     """Rows of a JSON list or of JSON lines, each a dict with text under the keys `needs`."""
     number = 0
     try:
-        text = read_bytes(path).decode("utf-8-sig")
-        rows = json.loads(text) if text.lstrip().startswith("[") else []
-        for number, line in enumerate(() if rows else text.split("\n"), 1):
-            if line.strip():
-                rows.append(json.loads(line))
+        text, rows = read_bytes(path).decode("utf-8-sig"), []
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    rows.append(json.loads(line))
     except UnicodeDecodeError as error:
         raise EchoError(f"{path}, byte {error.start}: not UTF-8; save it as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -976,41 +968,22 @@ def read_questions(path, audio_root="", needs=("answer",)):
     questions = []
     for number, row in enumerate(read_rows(path, ("question", *needs)), 1):
         answer, audio = row.get("answer"), row.get("audio_path") or row.get("audio_id")
-        choices = row.get("multi_choice", row.get("choices"))
-        texts = isinstance(choices, list) and choices and all(isinstance(c, str) for c in choices)
-        wrong = ("no 'audio_path' (or 'audio_id')" if not isinstance(audio, str) else
-                 "no 'multi_choice' (or 'choices'), a list of texts" if not texts else
-                 f"'answer' is not a text: {answer!r}" if not isinstance(answer, str | None) else
-                 f"the answer {answer!r} is not among the choices"
-                 if needs and not any(same_answer(answer, c) for c in choices) else None)
+        choices, wrong = row.get("multi_choice") or row.get("choices"), None
+        if not isinstance(audio, str):
+            wrong = "no 'audio_path' (or 'audio_id')"
+        elif not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+            wrong = "no 'multi_choice' (or 'choices'), a list of texts"
+        elif not isinstance(answer, str | None):
+            wrong = f"'answer' is not a text: {answer!r}"
+        elif needs and not any(same_answer(answer, c) for c in choices):
+            wrong = f"the answer {answer!r} is not among the choices"
         if wrong:
             raise EchoError(f"{path}, row {number}: {wrong}")
         category = row.get("category") or row.get("task") or "all"
-        category = ", ".join(category) if isinstance(category, list) else str(category)
+        category = ", ".join(map(str, category if isinstance(category, list) else [category]))
         questions.append(Question(row, Path(audio_root or Path(path).parent) / audio,
                                   row["question"], choices, answer, category))
     return questions
-
-
-class Clips:
-    """Features of audio files, each encoded once and by itself: a run that goes on after a kill
-    sees the very same numbers. Kept up to `keep_bytes`."""
-
-    def __init__(self, model, keep_bytes=2e9):
-        self.model, self.kept, self.room = model, {}, keep_bytes
-
-    def __call__(self, path, *segment):
-        """The first listen of a clip, or a re-listened (start_s, end_s) of it: (n, encoder dim)."""
-        if (path, segment) not in self.kept:
-            rate = self.model.config.sample_rate
-            wave = load_audio(path, rate)
-            wave = cut(wave, *segment, rate) if segment else wave
-            features = self.model.hear([wave], first_listen=not segment)[0]
-            self.room -= features.nbytes
-            if self.room < 0:
-                return features
-            self.kept[path, segment] = features
-        return self.kept[path, segment]
 
 
 # ======================================================================== 11 flags, runs, processes
@@ -1142,8 +1115,8 @@ class Training:
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "settings.json", json.dumps(settings, indent=2))
-            with open(self.folder / "log.jsonl", "ab") as log:
-                log.truncate(self.log_bytes)  # what came after the last save happens again
+            with open(self.folder / "log.jsonl", "ab") as log:  # what came after the last save
+                log.truncate(min(self.log_bytes, log.tell()))   # happens again
 
     def saves(self):
         found = (self.folder / "saves").glob("step-*")
@@ -1228,57 +1201,6 @@ class Training:
 
 def ask(model, questions, waves, group=1, **decoding):
     """Rollouts of `group` responses to each Question about its clip; see rollouts()."""
-    if not questions:
-        return []
-    prompts = []
-    for q, features in zip(questions, model.hear(waves, first_listen=True)):
-        prompts.append(model.prompt(features, q.question, q.choices))
+    first_listens = model.hear(waves, first_listen=True)
+    prompts = [model.prompt(f, q.question, q.choices) for f, q in zip(first_listens, questions)]
     return rollouts(model, prompts, waves, group, **decoding)
-
-
-def evaluate(training, model, questions, batch=50, **decoding):
-    """Greedy accuracy, by category too, and what was listened to; split over the processes."""
-    mine, responses = questions[training.rank::training.world], []
-    model.eval()
-    for at in tqdm(range(0, len(mine), batch), desc="evaluation", leave=False,
-                   disable=training.rank > 0):
-        some = mine[at:at + batch]
-        waves = [load_audio(q.path, model.config.sample_rate) for q in some]
-        responses += ask(model, some, waves, temperature=0.0, **decoding)
-    metrics, right = {}, [is_right(r.text, q.answer) for q, r in zip(mine, responses)]
-    for category in (None, *sorted({q.category for q in questions})):
-        here = [ok for ok, q in zip(right, mine) if category in (None, q.category)]
-        n_right, n = training.sum(sum(here), len(here))
-        metrics[category or "accuracy"] = n_right / n
-    metrics |= training.mean(response_metrics(responses), len(responses))
-    return {f"eval_{k}": v for k, v in metrics.items()}
-
-
-def response_metrics(responses):
-    """Means over a list of Rollouts; METRICS in generate.py defines each."""
-    n, heard = max(1, len(responses)), [s for r in responses for s in r.heard]
-    n_heard, seconds = max(1, len(heard)), sum(s.end_s - s.start_s for s in heard)
-    once = sum(covered(r.heard) for r in responses)
-    reasons = [s.reason for r in responses for s in r.segments]
-    computed = sum(r.computed for r in responses)
-    return {"segments": len(heard) / n,
-            "segment_s": seconds / n_heard,
-            "short_segments": sum(s.end_s - s.start_s < 0.4 for s in heard) / n_heard,
-            "overlap": 1 - once / seconds if seconds else 0.0,
-            "listened_once": sum(len(r.heard) >= 1 for r in responses) / n,
-            "listened_twice": sum(len(r.heard) >= 2 for r in responses) / n,
-            "truncated": sum(r.ended == "length" for r in responses) / n,
-            "no_answer": sum(extract_answer(r.text) is None for r in responses) / n,
-            "length": sum(len(r.logprobs) for r in responses) / n,
-            "audio_tokens": sum(r.sample.ids.count(AUDIO) for r in responses) / n,
-            "padding": 1 - sum(r.cached for r in responses) / computed if computed else 0.0,
-            **{f"rejected_{reason.replace(' ', '_')}": reasons.count(reason) / max(1, len(reasons))
-               for reason in REASONS}}
-
-
-def covered(segments):
-    """Seconds in the union of some segments."""
-    total, end = 0.0, 0.0
-    for s in sorted(segments, key=lambda s: s.start_s):
-        total, end = total + max(0.0, s.end_s - max(end, s.start_s)), max(end, s.end_s)
-    return total

@@ -26,8 +26,8 @@ import torchaudio
 from tqdm import tqdm
 
 from echo import (AUDIO, DTYPES, INSERTS, REASONING, REASONS, EchoError, Question, Rollout, Sample,
-                  Segment, ask, extract_answer, load, load_audio, main, parse_settings,
-                  pick_device, read_questions, require, response_metrics, same_answer,
+                  Segment, ask, extract_answer, is_right, load, load_audio, main, parse_settings,
+                  pick_device, read_questions, require, same_answer,
                   set_precision, set_trainable, split_segments, write_atomically)
 from make_data import wav_bytes
 
@@ -68,6 +68,56 @@ def trace(rollout):
     """The part of a Rollout that --json prints."""
     return {"answer": extract_answer(rollout.text), "response": rollout.text,
             "segments": [dataclasses.asdict(s) for s in rollout.segments], "ended": rollout.ended}
+
+
+# ---------------------------------------------------------------------------------- evaluation
+
+def evaluate(training, model, questions, batch=50, **decoding):
+    """Greedy accuracy, by category too, and what was listened to; split over the processes."""
+    mine, responses = questions[training.rank::training.world], []
+    model.eval()
+    for at in tqdm(range(0, len(mine), batch), desc="evaluation", leave=False,
+                   disable=training.rank > 0):
+        some = mine[at:at + batch]
+        waves = [load_audio(q.path, model.config.sample_rate) for q in some]
+        responses += ask(model, some, waves, temperature=0.0, **decoding)
+    metrics, right = {}, [is_right(r.text, q.answer) for q, r in zip(mine, responses)]
+    for category in (None, *sorted({q.category for q in questions})):
+        here = [ok for ok, q in zip(right, mine) if category in (None, q.category)]
+        n_right, n = training.sum(sum(here), len(here))
+        metrics[category or "accuracy"] = n_right / n
+    metrics |= training.mean(response_metrics(responses), len(responses))
+    return {f"eval_{k}": v for k, v in metrics.items()}
+
+
+def response_metrics(responses):
+    """Means over a list of Rollouts; METRICS defines each."""
+    n, heard = max(1, len(responses)), [s for r in responses for s in r.heard]
+    n_heard, seconds = max(1, len(heard)), sum(s.end_s - s.start_s for s in heard)
+    once = sum(covered(r.heard) for r in responses)
+    reasons = [s.reason for r in responses for s in r.segments]
+    computed = sum(r.computed for r in responses)
+    return {"segments": len(heard) / n,
+            "segment_s": seconds / n_heard,
+            "short_segments": sum(s.end_s - s.start_s < 0.4 for s in heard) / n_heard,
+            "overlap": 1 - once / seconds if seconds else 0.0,
+            "listened_once": sum(len(r.heard) >= 1 for r in responses) / n,
+            "listened_twice": sum(len(r.heard) >= 2 for r in responses) / n,
+            "truncated": sum(r.ended == "length" for r in responses) / n,
+            "no_answer": sum(extract_answer(r.text) is None for r in responses) / n,
+            "length": sum(len(r.logprobs) for r in responses) / n,
+            "audio_tokens": sum(r.sample.ids.count(AUDIO) for r in responses) / n,
+            "padding": 1 - sum(r.cached for r in responses) / computed if computed else 0.0,
+            **{f"rejected_{reason.replace(' ', '_')}": reasons.count(reason) / max(1, len(reasons))
+               for reason in REASONS}}
+
+
+def covered(segments):
+    """Seconds in the union of some segments."""
+    total, end = 0.0, 0.0
+    for s in sorted(segments, key=lambda s: s.start_s):
+        total, end = total + max(0.0, s.end_s - max(end, s.start_s)), max(end, s.end_s)
+    return total
 
 
 # ---------------------------------------------------------------------------------- one clip

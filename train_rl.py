@@ -17,10 +17,10 @@ import torch
 from tqdm import tqdm
 
 from echo import (DTYPES, INSERTS, REASONING, REWARDS, EchoError, Training, already_trained, ask,
-                  evaluate, follow_decoder, group_advantages, grpo_update, is_right,
-                  linear_schedule, load, load_audio, main, parse_settings, pick_device, prepare,
-                  processes, read_questions, require, response_metrics)
-from generate import report_page
+                  follow_decoder, group_advantages, grpo_update, is_right, linear_schedule, load,
+                  load_audio, main, parse_settings, pick_device, prepare, processes,
+                  read_questions, require)
+from generate import evaluate, report_page, response_metrics
 
 
 @dataclass

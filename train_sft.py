@@ -24,10 +24,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from echo import (DTYPES, Clips, Config, EchoError, Training, already_trained, build, cut,
-                  evaluate, follow_decoder, linear_schedule, load, load_audio, main, micro_batches,
+from echo import (DTYPES, Config, EchoError, Training, already_trained, build, cut,
+                  follow_decoder, linear_schedule, load, load_audio, main, micro_batches,
                   parse_settings, pick_device, prepare, read_questions, read_rows, require,
                   split_segments)
+from generate import evaluate
 from make_data import CATEGORIES, NUMBERS, from_edge, look_for, then_comes, write_row
 
 STAGES = {"encoder": "encoder", "align": "base", "sft": "sft"}  # and the folder each writes
@@ -123,6 +124,27 @@ def fit(training, model, samples, lr, settings):
                      place_loss=place / max(1, n_places), lr=lr)
     if training.step % settings.save_every == 0:
         training.save()
+
+
+class Clips:
+    """Features of audio files, each encoded once and by itself: a run that goes on after a kill
+    sees the very same numbers. Kept up to `keep_bytes`."""
+
+    def __init__(self, model, keep_bytes=2e9):
+        self.model, self.kept, self.room = model, {}, keep_bytes
+
+    def __call__(self, path, *segment):
+        """The first listen of a clip, or a re-listened (start_s, end_s) of it: (n, encoder dim)."""
+        if (path, segment) not in self.kept:
+            rate = self.model.config.sample_rate
+            wave = load_audio(path, rate)
+            wave = cut(wave, *segment, rate) if segment else wave
+            features = self.model.hear([wave], first_listen=not segment)[0]
+            self.room -= features.nbytes
+            if self.room < 0:
+                return features
+            self.kept[path, segment] = features
+        return self.kept[path, segment]
 
 
 def begins_a_place(model, ids, t):
