@@ -380,9 +380,9 @@ def align(training, model, clip_rows, settings):
                 samples.append(short_clips(model, events, path, clips, rng, kinds))
             else:
                 samples.append(describe(model, events, path, clips, rng, instruct))
-        to_the_end = (captions + instructions - step) / instructions
-        fit(training, model, samples, settings.align_lr * min(1.0, (step + 1) / 50, to_the_end),
-            settings)
+        warm = (step + 1) / max(1, settings.warmup * (captions + instructions))
+        left = (captions + instructions - step) / instructions
+        fit(training, model, samples, settings.align_lr * min(1.0, warm, left), settings)
 
 
 def describe(model, events, path, clips, rng, instruct):
