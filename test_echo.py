@@ -1,6 +1,6 @@
 """pytest -q: each test compares with a trusted reference, a plain loop or hand-computed values.
 
-    python test_echo.py [runs/rl]      # after training: what the README measures, printed
+    python test_echo.py [runs/rl]      # after training: measures and prints what the README quotes
 """
 import contextlib
 import copy
@@ -8,15 +8,14 @@ import io
 import json
 import math
 import os
-import random
 import re
+import resource
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,45 +29,58 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, Qwen2Config,
                           Qwen2ForCausalLM, WhisperConfig, WhisperFeatureExtractor, WhisperModel)
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 import echo
 import generate
 import make_data
 import train_rl
 import train_sft
-from echo import (AUDIO, Config, Echo, EchoError, Rollout, Sample, Segment, build, load, load_audio,
+from echo import (AUDIO, Config, EchoError, Rollout, Sample, Segment, load, load_audio,
                   parse_segment, read_questions, rollouts, save)
 
 HERE = Path(__file__).parent
 MICRO = dict(dim=48, layers=2, heads=4, encoder_dim=32, encoder_layers=1, encoder_heads=2)
 if __name__ != "__main__":
-    torch.set_num_threads(1)  # the models here are micro, and processes then round alike
-SCRIPTS = {m.__name__: m for m in (make_data, train_sft, train_rl, generate)}
+    torch.set_num_threads(1)  # quick for micro models, and other processes round alike
 
 
 def run(name, *args):
     """Run a script of the project in this process: exit code, stdout, stderr."""
     out, err = io.StringIO(), io.StringIO()
-    with mock.patch.object(sys, "argv", [name, *map(str, args)]), \
-            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+    argv = mock.patch.object(sys, "argv", [name, *map(str, args)])
+    with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
             pytest.raises(SystemExit) as end:
-        echo.main(SCRIPTS[name].run)
+        echo.main(sys.modules[name].run)
     return end.value.code or 0, out.getvalue(), err.getvalue()
 
 
 def good(name, *args):
-    """The same, where nothing may go wrong: stdout."""
     code, out, err = run(name, *args)
     assert code == 0, err[-2000:]
     return out
 
 
-def process(*args, **more):
-    """Start a script as a user does, also where this process was told to ignore Ctrl-C."""
+def mistake(name, *args):
+    """The one line that a user's mistake ends with."""
+    code, _, err = run(name, *args)
+    line = err.strip().splitlines()[-1]
+    assert code == 2 and line.startswith("error: ") and "Traceback" not in err
+    return line
+
+
+def error_of(call, *args, **more):
+    """The one line that a call ends with."""
+    with pytest.raises(EchoError) as error:
+        call(*args, **more)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    return str(error.value)
+
+
+def process(*args):
+    """A process of its own, in which Ctrl-C works even if this one was told to ignore it."""
     return subprocess.Popen(
-        [sys.executable, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **more)
+        [sys.executable, *map(str, args)], text=True, cwd=HERE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def noise(seconds, seed=0):
@@ -76,23 +88,23 @@ def noise(seconds, seed=0):
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A micro data folder: 24 training clips, 2 test clips."""
-    folder = tmp_path_factory.mktemp("world")
-    good("make_data", "--out", folder / "data", "--train-clips", 24, "--test-clips", 2)
+def data(tmp_path_factory):
+    """A micro data folder."""
+    folder = tmp_path_factory.mktemp("world") / "data"
+    good("make_data", "--out", folder, "--train-clips", 24, "--test-clips", 2)
     return folder
 
 
 @pytest.fixture(scope="session")
-def tokenizer(world):
-    rows = echo.read_rows(world / "data/sft.jsonl")
+def tokenizer(data):
+    rows = echo.read_rows(data / "sft.jsonl")
     return train_sft.tiny_tokenizer([f" {r['question']} Choose from {r['cot']}" for r in rows] * 2)
 
 
 def micro(tokenizer, **config):
     torch.manual_seed(0)
     config = Config(**{**MICRO, **config})
-    return build(config, train_sft.tiny_decoder(config, len(tokenizer)), tokenizer).eval()
+    return echo.build(config, train_sft.tiny_decoder(config, len(tokenizer)), tokenizer).eval()
 
 
 @pytest.fixture(scope="session")
@@ -111,33 +123,24 @@ def wav(raw, rate=16_000, channels=1, bits=16, coding=1, says=None):
 @pytest.mark.parametrize("bits,coding", [(8, 1), (16, 1), (24, 1), (32, 1), (32, 3)])
 @pytest.mark.parametrize("channels,rate", [(1, 16_000), (2, 44_100), (3, 8_000)])
 def test_wav_formats(tmp_path, bits, coding, channels, rate):
-    t = np.arange(rate) / rate
     loud = (np.arange(channels) + 1) / channels
-    wave = 0.5 * np.sin(2 * np.pi * 440 * t)[:, None] * loud
-    if coding == 3:
-        raw = wave.astype("<f4").tobytes()
-    elif bits == 8:
-        raw = (wave * 127 + 128).round().astype(np.uint8).tobytes()
-    else:
-        ints = (wave * (2 ** (bits - 1) - 1)).round().astype("<i4")
-        raw = ints.view(np.uint8).reshape(-1, 4)[:, :bits // 8].tobytes()
-    (tmp_path / "a.wav").write_bytes(wav(raw, rate, channels, bits, coding))
+    wave = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)[:, None] * loud
+    ints = (wave * (2 ** (bits - 1) - 1)).round().astype("<i4") + 128 * (bits == 8)
+    raw = wave.astype("<f4") if coding == 3 else ints[..., None].view(np.uint8)[..., :bits // 8]
+    (tmp_path / "a.wav").write_bytes(wav(raw.tobytes(), rate, channels, bits, coding))
     heard, got_rate = echo.read_wav("a.wav", (tmp_path / "a.wav").read_bytes())
     assert heard.shape == wave.shape and got_rate == rate
     assert np.abs(heard - wave).max() < (0.02 if bits == 8 else 1e-4)
-    mono = load_audio(tmp_path / "a.wav")
-    want = 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(16_000) / 16_000) * loud.mean()
-    assert abs(len(mono) - 16_000) <= 1
-    assert (mono[800:15_000] - want[800:15_000]).abs().max() < 0.02
+    mono, t = load_audio(tmp_path / "a.wav"), torch.arange(16_000) / 16_000
+    gap = mono[:16_000] - 0.5 * torch.sin(2 * torch.pi * 440 * t)[:len(mono)] * loud.mean()
+    assert abs(len(mono) - 16_000) <= 1 and gap[800:15_000].abs().max() < 0.02
 
 
 @pytest.mark.parametrize("name,content,says", [
-    ("none.wav", None, "no such file"),
-    ("n" * 5000 + ".wav", None, "can't be read"),
+    ("none.wav", None, "no such file"), ("n" * 5000 + ".wav", None, "can't be read"),
     ("song.mp3", b"ID3\x03" + b"\0" * 100, "ffmpeg -i song.mp3"),
-    ("cut.wav", wav(b"\0" * 50, says=100), "50 of 100 bytes"),
+    ("cut.wav", wav(b"\0" * 50, says=100), "50 of 100 bytes"), ("empty.wav", wav(b""), "empty"),
     ("head.wav", b"RIFF\x10\0\0\0WAVEjunk\0\0\0\0", "no 'fmt ' or no 'data' chunk"),
-    ("empty.wav", wav(b""), "empty"),
     ("mulaw.wav", wav(b"\0" * 4, coding=7, bits=8), "coding 7"),
     ("fast.wav", wav(b"\0" * 4, rate=4_294_967_295), "4294967295 Hz"),
     ("huge.wav", wav(struct.pack("<2f", 1e38, -1e38), bits=32, coding=3), "beyond 10,000"),
@@ -146,26 +149,21 @@ def test_wav_formats(tmp_path, bits, coding, channels, rate):
 def test_broken_audio_is_one_line(tmp_path, name, content, says):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(EchoError) as error:
-        load_audio(tmp_path / name)
-    assert says in str(error.value) and name[:50] in str(error.value)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    error = error_of(load_audio, tmp_path / name)
+    assert says in error and name[:50] in error
 
 
 # ------------------------------------------------------------------------------- encoder and model
 
 @pytest.mark.parametrize("rate", [2.0, 0.0])
 @pytest.mark.parametrize("first_listen", [True, False])
-def test_encoder_batch_equals_one_by_one(rate, first_listen):
-    torch.manual_seed(0)
-    encoder = echo.SmallEncoder(Config(**MICRO, first_listen_rate=rate)).eval()
-    waves = [noise(s, i) for i, s in enumerate((6.0, 0.2, 1.03, 2.5))]
-    with torch.no_grad():
-        together = encoder(waves, first_listen)
-        for wave, tokens in zip(waves, together):
-            a_second = rate if first_listen and rate else 25
-            assert len(tokens) == math.ceil(len(wave) / 16_000 * a_second)
-            assert (tokens - encoder([wave], first_listen)[0]).abs().max() < 1e-4
+def test_encoder_batch_equals_one_by_one(tokenizer, rate, first_listen):
+    model = micro(tokenizer, first_listen_rate=rate)
+    waves = [noise(s, i) for i, s in enumerate((6.0, 0.2, 1.03, 2.5) * 9)]
+    for wave, tokens in zip(waves, model.hear(waves, first_listen)):
+        a_second = rate if first_listen and rate else 25
+        assert len(tokens) == math.ceil(len(wave) / 16_000 * a_second)
+        assert (tokens - model.hear([wave], first_listen)[0]).abs().max() < 1e-4
 
 
 def test_first_listen_lacks_the_detail_and_has_the_place(model):
@@ -193,12 +191,29 @@ def dialogue(model, seed=0, seconds=3.0):
     return model.add_response(sample, " the hum has two pulses.</think><answer>two</answer>")
 
 
-def test_batch_equals_one_by_one(model):
-    samples = [dialogue(model, i, 2.0 + i) for i in range(3)]
-    together = model.log_probs(samples)
-    with torch.no_grad():
-        for sample, logp in zip(samples, together):
-            assert len(logp) == sum(sample.trained) and (model([sample]) - logp).abs().max() < 1e-4
+def test_log_probs_in_a_batch_and_in_chunks_equal_one_by_one(model):
+    whole, parts = copy.deepcopy(model), copy.deepcopy(model)
+    samples = [dialogue(model, i, 2.0 + i / 8) for i in range(24)]
+    logp, alone = whole(samples), torch.cat([parts([s]) for s in samples])
+    assert len(logp) == sum(sum(s.trained) for s in samples) > 512  # the length of a chunk
+    assert torch.allclose(logp, alone, atol=1e-4)
+    logp.mean().backward()
+    alone.mean().backward()
+    for (name, a), (_, b) in zip(whole.named_parameters(), parts.named_parameters()):
+        assert name.startswith("encoder.") or (a.grad - b.grad).abs().max() < 1e-5, name
+
+
+def test_no_gradient_at_audio_and_some_at_eos(model, monkeypatch):
+    """The trained positions are the sampled ids: audio out, eos in."""
+    sample = dialogue(model)
+    trained = {t for t, on in enumerate(sample.trained) if on}
+    assert not any(sample.ids[t] == AUDIO for t in trained)
+    assert len(sample.ids) - 1 in trained and sample.ids[-1] in model.eos_ids
+    hidden = model.hidden(*model.tensors([sample])).detach().requires_grad_()
+    monkeypatch.setattr(model, "hidden", lambda *a: hidden)
+    (-model([sample]).mean()).backward()
+    touched = {t + 1 for t in range(len(sample.ids)) if hidden.grad[0, t].abs().sum() > 0}
+    assert touched == trained  # position t predicts t + 1
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -212,42 +227,39 @@ def test_positions(tokenizer, share):
 
 def spelled(model, ids):
     """Ids as text, [audio] for audio."""
-    runs = re.split("(a)", "".join("a" if i == AUDIO else "t" for i in ids))
     out, at = "", 0
-    for piece in runs:
-        text = ids[at:at + len(piece)]
-        out += "[audio]" if piece == "a" else model.tokenizer.decode(text)
+    for piece in re.split("(a)", "".join("a" if i == AUDIO else "t" for i in ids)):
+        out += "[audio]" if piece == "a" else model.tokenizer.decode(ids[at:at + len(piece)])
         at += len(piece)
     return out
 
 
 def test_prompt_writes_times_and_holds_any_text(tokenizer):
     model, full = micro(tokenizer), micro(tokenizer, first_listen_rate=0.0)
-    hostile = 'what is <|audio|> or <seg>1, 2</seg>, Ünïcode ✓ 日本 "<b>&amp;</b>" {0} {choices}?'
-    prompt = model.prompt(torch.zeros(3, 32), hostile, ["{question}", "two"])
-    said = f" {hostile} Choose from {{question}}, two.\n"
+    any_text = 'what is <|audio|> or <seg>1, 2</seg>, Ünï ✓ 日本 "<b>&amp;</b>" {0} {choices}?'
+    prompt = model.prompt(torch.zeros(3, 32), any_text, ["{question}", "two"])
+    said = f" {any_text} Choose from {{question}}, two.\n"
     assert spelled(model, prompt.ids) == "[audio]0.0[audio]0.5[audio]1.0" + said
     assert prompt.ids.count(AUDIO) == sum(map(len, prompt.audio)) == 3
     assert spelled(model, model.prompt(None, "Why?").ids) == " Why?\n"
     long = spelled(model, model.prompt(torch.zeros(2003, 32), "Why?").ids)
     assert long.endswith("[audio]1000.0[audio]1000.5[audio]1001.0 Why?\n")
     long = spelled(full, full.prompt(torch.zeros(25 * 1001 + 2, 32), "Why?").ids)
-    assert long == "".join(f"[audio]{s}.0" + "[audio]" * 24 for s in range(1001)) + \
-        "[audio]1001.0[audio] Why?\n"
+    second = "".join(f"[audio]{s}.0" + "[audio]" * 24 for s in range(1001))
+    assert long == second + "[audio]1001.0[audio] Why?\n"
 
 
 # -------------------------------------------------------------------------------------------- tags
 
 @pytest.mark.parametrize("text,want", [
-    ("2.0, 3.0", (2.0, 3.0, None)), ("2,3", (2, 3, None)), (" 2.5s , 3 s ", (2.5, 3, None)),
-    (".5, 1.", (0.5, 1, None)), ("0:02, 0:03.5", (2, 3.5, None)), ("2.0, 2.2", (2.0, 2.2, None)),
-    ("0:32, 0:39.97", (32, 39.97, None)), ("38.0, 40.0", (38, 39.97, None)),
-    ("5, 35", (5, 35, None)), ("5, 35.1", (5, 35.1, "too long")), ("0, 600", (0, 600, "outside the clip")),
-    ("38, 40.1", (38, 40.1, "outside the clip")), ("3, 2", (3, 2, "reversed")),
-    ("2.0, 2.1", (2.0, 2.1, "too short")), ("2, 2", (2, 2, "too short")),
-    ("1:00, 1:02", (60, 62, "outside the clip")), ("1.2.3, 4", (None, None, "malformed")),
-    *((x, (None, None, "malformed")) for x in ("-1, 2", "1", "1, 2, 3", "", "a, b", "1e3, 2e3",
-                                                "nan, inf", "0:75, 2:00", "٣, ٤"))])
+    ("2.0, 3.0", (2, 3, None)), ("2,3", (2, 3, None)), (" 2.5s , 3 s ", (2.5, 3, None)),
+    (".5, 1.", (0.5, 1, None)), ("0:02, 0:03.5", (2, 3.5, None)), ("2.0, 2.2", (2, 2.2, None)),
+    ("9, 39.97", (9, 39.97, "too long")), ("9.97, 39.97", (9.97, 39.97, None)),
+    ("38.0, 40.0", (38, 39.97, None)), ("38, 40.1", (38, 40.1, "outside the clip")),
+    ("0, 600", (0, 600, "outside the clip")), ("1:00, 1:02", (60, 62, "outside the clip")),
+    ("3, 2", (3, 2, "reversed")), ("2.0, 2.1", (2, 2.1, "too short")),
+    *((bad, (None, None, "malformed")) for bad in ("1.2.3, 4", "-1, 2", "1", "1, 2, 3", "", "a, b",
+                                                   "1e3, 2e3", "nan, inf", "0:75, 2:00", "٣, ٤"))])
 def test_segment_tags(text, want):
     got = parse_segment(text, 39.97)
     assert (got.start_s, got.end_s, got.reason) == want
@@ -256,18 +268,17 @@ def test_segment_tags(text, want):
 def test_turn_limit_and_lone_tags():
     assert parse_segment("1, 2", 6.0, turns=7).reason is None
     assert parse_segment("1, 2", 6.0, turns=8).reason == "too many turns"
-    text = "a <seg>1, 2</seg> b</seg><seg>c<seg>3, 4</seg>d <seg>5"
-    pairs = [("a ", "1, 2"), (" b", None), ("<seg>c", "3, 4")]
-    assert echo.split_segments(text) == (pairs, "d <seg>5")
+    pairs, rest = echo.split_segments("a <seg>1, 2</seg> b</seg><seg>c<seg>3, 4</seg>d <seg>5")
+    assert pairs == [("a ", "1, 2"), (" b", None), ("<seg>c", "3, 4")] and rest == "d <seg>5"
     assert parse_segment(None, 6.0) == Segment("</seg> without <seg>", reason="malformed")
 
 
 def test_ten_thousand_hostile_tags():
-    rng, reasons = random.Random(0), set()
+    rng, reasons = np.random.default_rng(0), set()
     alphabet = [*"019., :s-e\n\0²∞٣", "<seg>", "</seg>", "9" * 400, "1, 2", "1, 1.1", "1, 33"]
     for _ in range(10_000):
-        text = "".join(rng.choice(alphabet) for _ in range(rng.randrange(9)))
-        segment = parse_segment(text, 60.0, rng.randrange(10))
+        text = "".join(rng.choice(alphabet, rng.integers(9)))
+        segment = parse_segment(text, 60.0, rng.integers(10))
         reasons.add(segment.reason)
         if segment.reason is None:
             assert 0 <= segment.start_s < segment.end_s <= 60
@@ -277,38 +288,42 @@ def test_ten_thousand_hostile_tags():
 
 # ---------------------------------------------------------------------------------------- decoding
 
+def asked(model, waves, question="Which sound comes right after the hum?"):
+    return [model.prompt(first_listen, question + " What?" * i, ["hum", "bell"])
+            for i, first_listen in enumerate(model.hear(waves, True))]
+
+
 def write(monkeypatch, model, texts):
-    """Make the row with seed i write texts[i] (or ids), by replacing what is sampled; everything
-    else is the model's own."""
-    ids = [t if isinstance(t, list) else model.ids(t) for t in texts]
+    """Make the row with seed i write texts[i], by replacing what is sampled and nothing else."""
+    ids = [[*model.ids(text), model.tokenizer.eos_token_id] for text in texts]
 
     def sample_tokens(model, hidden, rows, temperature):
         logp = model.logits(hidden / (temperature or 1.0)).log_softmax(-1)
-        tokens = [(ids[row.draws.initial_seed()] + [model.tokenizer.eos_token_id])[len(row.logprobs)]
-                  for row in rows]
+        tokens = [ids[row.draws.initial_seed()][len(row.logprobs)] for row in rows]
         return tokens, [logp[k, token].item() for k, token in enumerate(tokens)]
     monkeypatch.setattr(echo, "sample_tokens", sample_tokens)
 
 
-def asked(model, waves, question="Which sound comes right after the hum?"):
-    return [model.prompt(h, question + " What?" * i, ["hum", "bell"])
-            for i, h in enumerate(model.hear(waves, True))]
-
-
 def count_passes(monkeypatch, model):
-    """A list that gets the (rows, cached and new positions) of each forward pass, and the cache."""
+    """A list that gets rows, positions and cache of each forward pass."""
     passes, hidden = [], model.hidden
 
     def counted(ids, position, mask, audio, cache=None):
         out = hidden(ids, position, mask, audio, cache)
-        passes.append((*mask.shape, cache))
+        arrays = [x for layer in cache.layers for x in (layer.keys, layer.values)] if cache else []
+        passes.append(SimpleNamespace(rows=len(mask), width=mask.shape[1], bytes=sum(
+            x.nbytes for x in arrays), dtypes={x.dtype for x in arrays}))
         return out
     monkeypatch.setattr(model, "hidden", counted)
     return passes
 
 
-TEXTS = ["<think>look <seg>0.5, 1.5</seg> the hum. Then <seg>1.0, 2.0</seg> it.</think>"
-         "<answer>hum</answer>",
+def same(a, b):
+    return a.sample.ids == b.sample.ids and a.sample.position == b.sample.position and \
+        a.ended == b.ended and np.allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+TEXTS = ["<think>a <seg>0.5, 1.5</seg> b. Then <seg>1.0, 2.0</seg> c</think><answer>hum</answer>",
          "<think>look <seg>9, 10</seg> a <seg>1, 0</seg> b <seg>x</seg> c</seg> d</think>",
          "<answer>two Ünïcode ✓ 日本</answer>",
          "<think><seg>0, 1</seg><seg>3.5, 6.1</seg> both</think><answer>bell</answer>"]
@@ -329,51 +344,46 @@ def test_interleaved_rollout_hears_the_right_part_and_matches_training(model, mo
     assert len(heard) == 4 and all(any(torch.equal(h, w) for h in heard) for w in want)
     for r in rows:
         assert r.ended == "eos" and sum(r.sample.trained) == len(r.logprobs)
-        with torch.no_grad():
-            gap = model([r.sample], temperature=0.7) - torch.tensor(r.logprobs)
-        assert gap.abs().max() < 1e-4
-    after = rows[0].sample.ids[rows[0].n_prompt:]   # the audio stands right after the tag
-    closed = after.index(AUDIO)
-    assert model.tokenizer.decode(after[:closed]) == TEXTS[0][:TEXTS[0].index("</seg>") + 6]
-    assert after[closed:closed + 25] == [AUDIO] * 25 and after[closed + 25] != AUDIO
+        logp = model.log_probs([r.sample], temperature=0.7)[0]
+        assert (logp - torch.tensor(r.logprobs)).abs().max() < 1e-4
+    written = spelled(model, rows[0].sample.ids[rows[0].n_prompt:-1])
+    assert written == TEXTS[0].replace("</seg>", "</seg>" + "[audio]" * 25)
+    answer = [model.piece(i) for i in model.ids(TEXTS[3])].index("bell")
+    assert rows[3].confidence == pytest.approx(math.exp(rows[3].logprobs[answer]))
 
 
 def test_rows_wait_for_each_other_but_not_for_the_last(model, monkeypatch):
     """8 rows with 0 to 7 segments: each as alone, in few passes, ended rows and padding dropped."""
     texts = ["".join(" the hum" * (20 if (i + k) % 8 == 7 else 1) + "<seg>0, 0.2</seg>" * (k < i)
                      for k in range(i + 1)) for i in range(8)]
-    waves, group = [noise(2.0, i) for i in range(4)], 2
-    prompts, kept = asked(model, waves), dict(max_new_tokens=200, temperature=0.7)
+    waves, more = [noise(2.0, i) for i in range(4)], dict(max_new_tokens=200, temperature=0.7)
+    prompts = asked(model, waves)
     write(monkeypatch, model, texts)
     passes = count_passes(monkeypatch, model)
-    rows = rollouts(model, prompts, waves, group, **kept)
-    n_passes, longest = len(passes), max(len(r.logprobs) for r in rows)
+    rows = rollouts(model, prompts, waves, 2, **more)
+    n_passes, last, longest = len(passes), passes[-1], max(len(r.logprobs) for r in rows)
     rounds = [[len(model.ids(x)) for x in re.findall("(?s).*?</seg>|.+$", t)] for t in texts]
     for_the_last = sum(max(r[k] for r in rounds if len(r) > k) for k in range(8))
     assert longest <= n_passes < 1.25 * longest < 0.7 * for_the_last
-    final = len(rows[7].sample.ids)
-    assert passes[n_passes - 1][0] == 1 and passes[n_passes - 1][1] < final + 10
+    assert last.rows == 1 and last.width < len(rows[7].sample.ids) + 10
     cached, computed = sum(r.cached for r in rows), sum(r.computed for r in rows)
-    assert echo.response_metrics(rows)["padding"] == pytest.approx(1 - cached / computed)
-    assert [r.cached for r in rows] == [len(r.sample.ids) - 1 for r in rows] and computed < 3 * cached
-    split = rollouts(model, prompts, waves, group, max_rows=3, **kept)  # two rows at once
+    assert [r.cached for r in rows] == [len(r.sample.ids) - 1 for r in rows]
+    assert cached < computed < 2 * cached
+    split = rollouts(model, prompts, waves, 2, max_rows=3, **more)  # two rows at once
     for i, (r, s) in enumerate(zip(rows, split)):
-        k = i // group
-        alone = rollouts(model, prompts[k:k + 1], waves[k:k + 1], seeds=[i], **kept)[0]
-        assert r.text == texts[i] and len(r.heard) == i
-        for other in (alone, s):
-            assert r.sample.ids == other.sample.ids and r.sample.position == other.sample.position
-            assert np.allclose(r.logprobs, other.logprobs, atol=1e-4)
+        k = slice(i // 2, i // 2 + 1)
+        alone = rollouts(model, prompts[k], waves[k], seeds=[i], **more)[0]
+        assert r.text == texts[i] and len(r.heard) == i and same(r, alone) and same(r, s)
 
 
 def test_inserted_audio_changes_what_follows_and_controls_differ(model, monkeypatch):
     wave, after = noise(3.0), {}
     prompts = asked(model, [wave])
-    write(monkeypatch, model, TEXTS[:1])
+    closed = len(model.ids(TEXTS[0].partition("</seg>")[0] + "</seg>"))
+    write(monkeypatch, model, TEXTS)
     for how in ("segment", "random", "silence", "text"):
         more = {"reasoning": "text"} if how == "text" else {"insert": how}
         row = rollouts(model, prompts, [wave], **more)[0]
-        closed = len(model.ids(TEXTS[0].partition("</seg>")[0] + "</seg>"))
         inserted = row.sample.ids[row.n_prompt + closed:][:25] == [AUDIO] * 25
         assert inserted == bool(row.heard) == (how != "text")
         after[how] = tuple(row.logprobs[closed:closed + 3])
@@ -389,14 +399,11 @@ def test_sampled_rollouts_do_not_depend_on_their_batch(model):
     together = rollouts(model, prompts, waves, group=2, seeds=range(6), max_new_tokens=30)
     for i, row in enumerate(together):
         k = slice(i // 2, i // 2 + 1)
-        alone = rollouts(model, prompts[k], waves[k], seeds=[i], max_new_tokens=30)[0]
-        assert alone.sample.ids == row.sample.ids and alone.ended == row.ended
-        assert np.allclose(alone.logprobs, row.logprobs, atol=1e-4)
+        assert same(row, rollouts(model, prompts[k], waves[k], seeds=[i], max_new_tokens=30)[0])
     assert together[0].sample.ids != together[1].sample.ids
 
 
 def test_greedy_equals_transformers_generate(model):
-    """Text-only greedy decoding against transformers' own generate from the same embeddings."""
     wave = noise(2.0)
     prompts = asked(model, [wave])
     ours = rollouts(model, prompts, [wave], reasoning="text", temperature=0.0, max_new_tokens=20)[0]
@@ -426,42 +433,30 @@ GOOD = "<think>a <seg>1, 2</seg> the hum.</think><answer>hum</answer>"
 
 
 @pytest.mark.parametrize("text,heard,parts", [
-    (GOOD, 1, (0.5, 0, 0.5, 0.5)),
-    (GOOD, 0, (0.5, 0, 0.5, 0)),
+    (GOOD, 1, (0.5, 0, 0.5, 0.5)), (GOOD, 0, (0.5, 0, 0.5, 0)), ("", 0, (0, 0, 0, 0)),
     (GOOD.replace("hum</answer>", "bell</answer>"), 1, (0.5, 0, 0, 0)),
-    (GOOD.replace("</seg> the", "</seg> The"), 1, (0.5, -0.1, 0.5, 0.5)),  # behind a space, too
+    (GOOD.replace("</seg> the", "</seg> The"), 1, (0.5, -0.1, 0.5, 0.5)),    # behind a space, too
     (GOOD.replace("</seg> the", "</seg>The"), 1, (0.5, -0.1, 0.5, 0.5)),
-    (GOOD.replace("</seg> the hum.", "</seg>"), 1, (0.5, -0.1, 0.5, 0.5)),  # nothing said
+    (GOOD.replace("</seg> the hum.", "</seg>"), 1, (0.5, -0.1, 0.5, 0.5)),   # nothing said
     (GOOD.replace("</seg> the hum.", "</seg>."), 1, (0.5, -0.1, 0.5, 0.5)),  # no word said
     (GOOD.replace("</seg> the", "</seg>, the"), 1, (0.5, 0, 0.5, 0.5)),
-    ("<think>a <seg>1, 2</seg><seg>2, 3</seg> the hum</think><answer>hum</answer>", 2,
-     (0.5, -0.1, 0.5, 0.5)),
-    ("<think>a <seg>1, 2</seg> <seg>2, 3</seg> Hm</think><answer>hum</answer>", 2,
-     (0.5, -0.2, 0.5, 0.5)),
-    ("<think>" + "<seg>1, 2</seg>" * 7 + "</think><answer>hum</answer>", 7, (0.5, -0.5, 0.5, 0.5)),
-    ("a <seg>1, 2</seg>", 1, (0, -0.1, 0, 0)),
+    (GOOD.replace("</seg>", "</seg><seg>2, 3</seg>"), 2, (0.5, -0.1, 0.5, 0.5)),
+    (GOOD.replace("</seg> t", "</seg> <seg>2, 3</seg> T"), 2, (0.5, -0.2, 0.5, 0.5)),
+    (GOOD.replace(" the hum.", "<seg>1, 2</seg>" * 6), 7, (0.5, -0.5, 0.5, 0.5)),
+    ("a <seg>1, 2</seg>", 1, (0, -0.1, 0, 0)), ("<think>a</think> hum", 0, (0, 0, 0, 0)),
     ("<think>a</think><answer>Hum.</answer>", 0, (0.5, 0, 0.5, 0)),
-    ("<think>a</think> hum", 0, (0, 0, 0, 0)),
     ("<think>a</think><answer>hum</answer><answer>bell</answer>", 0, (0, 0, 0, 0)),
     ("<answer>hum</answer><think>a</think>", 0, (0, 0, 0.5, 0)),
-    ("<think>a<think>b</think><answer>hum</answer>", 0, (0, 0, 0.5, 0)),
-    ("", 0, (0, 0, 0, 0))])
+    ("<think>a<think>b</think><answer>hum</answer>", 0, (0, 0, 0.5, 0))])
 def test_rewards_by_hand(text, heard, parts):
     segments = [Segment("1, 2", 1, 2, heard=True)] * heard + [Segment("x", reason="malformed")]
     row = Rollout(Sample(), None, None, segments=segments, text=text, confidence=0.8)
-    got = echo.paper_reward(row, "hum")
-    assert tuple(got.values()) == pytest.approx(parts)
+    got = echo.REWARDS["paper"](row, "hum")
     assert list(got) == ["format", "consistency", "accuracy", "segment"]
-    got, right = echo.confidence_reward(row, "hum"), parts[2] > 0
-    want = 0.5 * (1 - 0.2 ** 2) if right else -0.5 * 0.8 ** 2
+    assert tuple(got.values()) == pytest.approx(parts)
+    want = 0.5 * (1 - 0.2 ** 2) if parts[2] else -0.5 * 0.8 ** 2
+    got = echo.REWARDS["confidence"](row, "hum")
     assert tuple(got.values()) == pytest.approx((*parts[:2], want, want if parts[3] else 0))
-
-
-def test_confidence_is_that_of_the_first_answer_token(model, monkeypatch):
-    write(monkeypatch, model, ["<think>a</think><answer>two pulses</answer>"])
-    row = rollouts(model, asked(model, [noise(1.0)]), [noise(1.0)])[0]
-    before = len(model.ids("<think>a</think><answer>"))
-    assert row.confidence == pytest.approx(math.exp(row.logprobs[before]))
 
 
 def test_advantages_and_flat_groups():
@@ -471,58 +466,13 @@ def test_advantages_and_flat_groups():
     assert got[2].tolist() == pytest.approx([1.732, -0.577, -0.577, -0.577], abs=1e-2)
 
 
-def test_grpo_loss_against_a_plain_double_loop():
-    rng, lengths, clip, beta = np.random.default_rng(0), [3, 5, 1], 0.2, 0.04
-    logp, old, ref = (rng.normal(-2, 0.5, sum(lengths)) for _ in range(3))
-    adv, want, n_clipped, at = [1.3, -0.7, 0.2], 0.0, 0, 0
-    for n, a in zip(lengths, adv):  # mean over responses of the mean over tokens
-        total = 0.0
-        for t in range(at, at + n):
-            ratio = math.exp(logp[t] - old[t])
-            clipped = min(max(ratio, 1 - clip), 1 + clip)
-            k3 = math.exp(ref[t] - logp[t]) - (ref[t] - logp[t]) - 1
-            total += -min(ratio * a, clipped * a) + beta * k3
-            n_clipped += clipped * a < ratio * a
-        want, at = want + total / n / len(lengths), at + n
-    weights = echo.response_weights([Sample(trained=[True] * n) for n in lengths], len(lengths))
-    advantage = torch.tensor(adv).repeat_interleave(torch.tensor(lengths))
-    each, k3, bounded = echo.grpo_loss(*map(torch.tensor, (logp, old, ref)), advantage, clip, beta)
-    assert (weights * each).sum().item() == pytest.approx(want, abs=1e-6)
-    assert (k3 >= 0).all() and bounded.sum() == n_clipped > 0
-
-
-def test_no_gradient_at_audio_and_some_at_eos(model, monkeypatch):
-    """The trained positions are the sampled ids: audio out, eos in."""
-    sample = dialogue(model)
-    trained = {t for t, on in enumerate(sample.trained) if on}
-    audio = {t for t, i in enumerate(sample.ids) if i == AUDIO}
-    assert not trained & audio and len(sample.ids) - 1 in trained
-    assert sample.ids[-1] in model.eos_ids
-    hidden = model.hidden(*model.tensors([sample])).detach().requires_grad_()
-    monkeypatch.setattr(model, "hidden", lambda *a: hidden)
-    (-model([sample]).mean()).backward()
-    touched = {t + 1 for t in range(len(sample.ids)) if hidden.grad[0, t].abs().sum() > 0}
-    assert touched == trained  # position t predicts t + 1
-
-
-def test_log_probs_in_chunks(model):
-    samples = [dialogue(model, i) for i in range(24)]  # more than 512 trained tokens
-    whole, parts = copy.deepcopy(model), copy.deepcopy(model)
-    logp = whole(samples)
-    assert len(logp) > 512
-    logp.mean().backward()
-    one_by_one = torch.cat([parts([s]) for s in samples])
-    one_by_one.mean().backward()
-    assert torch.allclose(logp, one_by_one, atol=1e-4)
-    for (name, a), (_, b) in zip(whole.named_parameters(), parts.named_parameters()):
-        if not name.startswith("encoder."):
-            assert (a.grad - b.grad).abs().max() < 1e-5, name
-
-
 def test_micro_batches_cover_everything_within_budget():
-    lengths = [3, 9, 2, 30, 5, 5, 5]
-    batches = echo.micro_batches([Sample(ids=[0] * n) for n in lengths], 20)
+    batches = echo.micro_batches([Sample(ids=[0] * n) for n in (3, 9, 2, 30, 5, 5, 5)], 20)
     assert batches == [[0, 1], [2], [3], [4, 5, 6]]
+
+
+def settings(**more):
+    return train_rl.Settings(**{"mini_batches": 1, "dtype": "fp32", **more})
 
 
 class Watched(echo.Training):
@@ -531,96 +481,84 @@ class Watched(echo.Training):
         self.gradients = {k: p.grad.clone() for k, p in self.trained.items() if p.grad is not None}
 
 
-def grpo_settings(**more):
-    return train_rl.Settings(**{"mini_batches": 1, "train": "decoder", "dtype": "fp32", **more})
-
-
 @pytest.mark.parametrize("budget", [150, 16_384])
-def test_grpo_update_against_one_plain_pass_a_response(model, tmp_path, budget):
-    """One update in micro-batches: gradient and metrics of a plain loop over responses."""
-    policy, reference, settings = copy.deepcopy(model), copy.deepcopy(model), grpo_settings()
-    settings.tokens_per_batch, settings.temperature = budget, 0.7
+def test_grpo_update_against_a_plain_double_loop(model, tmp_path, budget):
+    """One update in micro-batches, against tokens one by one: gradient and metrics."""
+    policy, reference, how = copy.deepcopy(model), copy.deepcopy(model), settings(temperature=0.7)
     with torch.no_grad():  # a reference and an older policy that differ
         for p in reference.decoder.parameters():
             p += 1e-3
-    waves = [noise(2.0 + i, i) for i in range(4)]
+    waves, adv = [noise(2.0 + i, i) for i in range(4)], torch.tensor([1.0, -0.5, 0.3, 2.0])
     responses = rollouts(model, asked(model, waves), waves, temperature=0.7, max_new_tokens=12)
-    old = [torch.tensor(r.logprobs) + 0.3 * (-1) ** torch.arange(len(r.logprobs)) for r in responses]
-    for r, logp in zip(responses, old):
-        r.logprobs = logp.tolist()
-    echo.prepare(policy, settings)
-    training = Watched(tmp_path, policy, {})
-    advantages = torch.tensor([1.0, -0.5, 0.3, 2.0])
-    got = echo.grpo_update(training, policy, reference, responses, advantages, settings, 1.0)
-    want, plain = dict.fromkeys(got, 0.0), copy.deepcopy(policy)
+    for r in responses:
+        r.logprobs = [x + 0.3 * (-1) ** t for t, x in enumerate(r.logprobs)]
+    how.tokens_per_batch, training = budget, Watched(tmp_path, echo.prepare(policy, how), {})
+    got = echo.grpo_update(training, policy, reference, responses, adv, how, 1.0)
+    total, want, plain = 0.0, np.zeros(5), copy.deepcopy(policy)
     plain.zero_grad()
-    for r, before, a in zip(responses, old, advantages):
-        logp, ref = plain([r.sample], 0.7), reference([r.sample], 0.7).detach()
-        loss, k3, clipped = echo.grpo_loss(logp, before, ref, a)
-        (loss.mean() / 4).backward()
-        for k, x in zip(got, (loss, k3, clipped, -before, (logp - before).abs())):
-            want[k] += x.mean().item() / 4
+    for r, a in zip(responses, adv):  # mean over responses of the mean over tokens
+        ref, = reference.log_probs([r.sample], 0.7)
+        for p, old, base in zip(plain([r.sample], 0.7), r.logprobs, ref):
+            ratio, k3 = (p - old).exp(), (base - p).exp() - (base - p) - 1
+            bounded = ratio.clamp(0.8, 1.2)
+            loss = -min(ratio * a, bounded * a) + 0.04 * k3
+            total = total + loss / len(r.logprobs) / 4
+            parts = loss.item(), k3.item(), bounded * a < ratio * a, -old, abs(p.item() - old)
+            want += [float(x) / len(r.logprobs) / 4 for x in parts]
+    total.backward()
     assert list(got) == ["loss", "kl", "clip_share", "entropy", "logp_gap"]
-    assert list(got.values()) == pytest.approx(list(want.values()), abs=1e-4)
-    assert got["clip_share"] > 0 and got["kl"] > 0
+    assert list(got.values()) == pytest.approx(want, abs=1e-4) and (want[1:] > 0).all()
     for k, p in plain.named_parameters():
         assert k not in training.gradients or (training.gradients[k] - p.grad).abs().max() < 1e-4, k
 
 
 def test_response_metrics_by_hand():
-    def heard(*spans):
-        return [Segment("", a, b, heard=True) for a, b in spans]
-    bad = [Segment("x", reason="malformed")]
+    heard = [Segment("", a, b, heard=True) for a, b in ((0, 2), (1, 3), (4, 4.3), (0, 1))]
+    bad = Segment("x", reason="malformed")
     rows = [Rollout(Sample(ids=[5, AUDIO, AUDIO]), None, None, logprobs=[0.0] * 10, text=GOOD,
-                    ended="eos", segments=heard((0, 2), (1, 3), (4, 4.3)) + bad),
-            Rollout(Sample(), None, None, logprobs=[0.0] * 20, text="", ended="length",
-                    segments=heard((0, 1)), cached=30, computed=40)]
-    got = echo.response_metrics(rows)
+                    ended="eos", segments=[*heard[:3], bad]),
+            Rollout(Sample(), None, None, logprobs=[0.0] * 20, ended="length", segments=heard[3:],
+                    cached=30, computed=40)]
     want = {"segments": 2, "segment_s": 5.3 / 4, "short_segments": 1 / 4, "overlap": 1 / 5.3,
             "listened_once": 1, "listened_twice": 0.5, "truncated": 0.5, "no_answer": 0.5,
             "length": 15, "audio_tokens": 1, "padding": 0.25, "rejected_malformed": 0.2}
-    assert {k: v for k, v in got.items() if v or k in want} == pytest.approx(want)
-    assert len(got) == len(want) - 1 + len(echo.REASONS)
-    assert not any(echo.response_metrics([]).values())
+    want |= {f"rejected_{x.replace(' ', '_')}": 0 for x in echo.REASONS[1:]}
+    assert generate.response_metrics(rows) == pytest.approx(want)
+    assert generate.response_metrics([]) == dict.fromkeys(want, 0)
 
 
-# --------------------------------------------------------------- pretrained parts, on stand-ins
+# ------------------------------------------------------------------ pretrained parts, on stand-ins
 
-def qwen_tokenizer():
-    """Byte-level pieces as in Qwen's: "</seg>" is several, and ">," or "></" may hold its end."""
-    bpe = Tokenizer(models.BPE())
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory):
+    """Random-weight Qwen2s of Qwen2.5-0.5B's ratios, by tied heads or not. As there, "</seg>" is
+    several pieces, and ">," or "></" may hold its end."""
+    bpe, folders = Tokenizer(models.BPE()), {}
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     texts = ["<seg>1, 2</seg>, the hum</seg></think><answer>two", "How many pulses? Choose"] * 3
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=["<|endoftext|>", "<|im_end|>"]))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>",
-                                   pad_token="<|endoftext|>")
-
-
-@pytest.fixture(scope="session")
-def qwen(tmp_path_factory):
-    """Folders of random-weight Qwen2s of the shape ratios of Qwen2.5-0.5B, by tied heads or not."""
-    folders = {tied: tmp_path_factory.mktemp("qwen") for tied in (True, False)}
-    for tied, folder in folders.items():
-        tokenizer = qwen_tokenizer()
+    for tied in (True, False):
+        folders[tied] = tmp_path_factory.mktemp("qwen")
         torch.manual_seed(1)
         decoder = Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=len(tokenizer) + 3, hidden_size=56, intermediate_size=304,
+            vocab_size=bpe.get_vocab_size() + 3, hidden_size=56, intermediate_size=304,
             num_hidden_layers=3, num_attention_heads=14, num_key_value_heads=2,
             initializer_range=0.1, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=1))
         decoder.generation_config.eos_token_id = [1, 7]
-        decoder.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        decoder.save_pretrained(folders[tied])
+        PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>",
+                                pad_token="<|endoftext|>").save_pretrained(folders[tied])
     return folders
 
 
 def pretrained(folder, train="decoder", dtype="fp32", **config):
     config = {k: v for k, v in MICRO.items() if k.startswith("encoder")} | config
     torch.manual_seed(0)
-    return echo.prepare(build(Config(decoder=str(folder), **config)),
-                        grpo_settings(train=train, dtype=dtype))
+    return echo.prepare(echo.build(Config(decoder=str(folder), **config)),
+                        settings(train=train, dtype=dtype))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -632,64 +570,54 @@ def test_pretrained_decoder_keeps_its_vocabulary_and_writes_tags(qwen, monkeypat
     assert torch.equal(head, plain.lm_head.weight) and model.eos_ids == {1, 7}
     assert len(model.tokenizer) == len(AutoTokenizer.from_pretrained(qwen[tied]))
     layers = {"decoder": "012", "last-1": "2", "projector": ""}[train]
-    trained = {k for k, p in model.named_parameters() if p.requires_grad}
-    want = {k for k, _ in model.named_parameters() if k.startswith("projector.")
-            or k.startswith("decoder.model.layers.") and k.split(".")[3] in layers
-            or k == "decoder.model.norm.weight" and layers}
-    assert trained == want
-    texts = ["<think>a <seg>0, 0.2</seg>, the hum <seg>0, .4</seg></think><answer>two</answer>",
+    for name, p in model.named_parameters():
+        want = re.match(rf"projector|decoder\.model\.(layers\.[{layers}-]\.|norm)", name)
+        assert p.requires_grad == bool(want and (layers or "norm" not in name)), name
+    texts = ["<think>a <seg>0, 0.2</seg>, it <seg>0, .4</seg></think><answer>two</answer>",
              "a <seg>9, 10</seg>, <seg>0, 0.2</seg> b"]
-    before_audio = ["<think>a <seg>0, 0.2</seg>,", "a <seg>9, 10</seg>, <seg>0, 0.2</seg>"]
-    ids, pieces = [model.ids(t) for t in texts], [model.piece(i) for i in model.ids(texts[0])]
+    want = ["<think>a <seg>0, 0.2</seg>,{0} it <seg>0, .4</seg></{0}{0}think><answer>two</answer>",
+            "a <seg>9, 10</seg>, <seg>0, 0.2</seg>{0} b"]
+    pieces, wave = [model.piece(i) for i in model.ids(texts[0])], noise(1.0)
     assert "</seg>" not in pieces and ">," in pieces and "></" in pieces
-    wave = noise(1.0)
-    prompts = asked(model, [wave])
-    write(monkeypatch, model, ids)
-    for k, r in enumerate(rollouts(model, prompts, [wave], group=2)):
+    write(monkeypatch, model, texts)
+    for k, r in enumerate(rollouts(model, asked(model, [wave]), [wave], group=2)):
         new, on = r.sample.ids[r.n_prompt:], r.sample.trained[r.n_prompt:]
-        assert [i for i, sampled in zip(new, on) if sampled] == [*ids[k], 1] and r.text == texts[k]
-        assert {i for i, sampled in zip(new, on) if not sampled} == {AUDIO}
-        assert model.tokenizer.decode(new[:new.index(AUDIO)]) == before_audio[k]
+        assert [i for i, sampled in zip(new, on) if sampled] == [*model.ids(texts[k]), 1]
+        assert spelled(model, new[:-1]) == want[k].format("[audio]" * 5) and r.text == texts[k]
         assert [s.heard for s in r.segments] == [k == 0, True]
-        with torch.no_grad():
-            assert torch.allclose(model([r.sample]), torch.tensor(r.logprobs), atol=1e-4)
+        assert torch.allclose(model.log_probs([r.sample])[0], torch.tensor(r.logprobs), atol=1e-4)
 
 
 @pytest.mark.parametrize("tied,train", [(True, "decoder"), (False, "last-1"), (True, "projector")])
 def test_bf16(qwen, monkeypatch, tmp_path, tied, train):
-    """Frozen matrices are bf16, trained weights and angles fp32; KL is 0 and the ratio 1 at first."""
-    policy = pretrained(qwen[tied], train, "bf16")
-    reference = echo.prepare(copy.deepcopy(pretrained(qwen[tied], train)),
-                             grpo_settings(train="none", dtype="bf16")).eval()
+    """Frozen matrices are bf16, the rest fp32; before an update the KL is 0 and the ratio 1."""
+    reference = echo.prepare(pretrained(qwen[tied]), settings(train="none", dtype="bf16"))
+    policy, wave = pretrained(qwen[tied], train, "bf16"), noise(3.0)
     for model in (policy, reference):
-        for p in [p for p in model.decoder.parameters() if p.dim() == 2]:
+        for p in [p for p in model.decoder.parameters() if p.dim() == 2 or p.requires_grad]:
             assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
         assert model.decoder.model.rotary_emb.inv_freq.dtype == torch.float32
         assert (model.decoder.lm_head.weight is model.decoder.model.embed_tokens.weight) == tied
-    assert all(p.dtype == torch.float32 for p in policy.parameters() if p.requires_grad)
-    wave, hidden = noise(3.0), 8 * torch.randn(4, 56)
+    hidden = 8 * torch.randn(4, 56)
     exact = F.linear(hidden, policy.decoder.lm_head.weight.float())
-    assert policy.logits(hidden).dtype == torch.float32 and torch.equal(policy.logits(hidden), exact)
+    assert torch.equal(policy.logits(hidden), exact) and exact.dtype == torch.float32
     prompts = asked(policy, [wave], "How many pulses? " * 420)
     passes = count_passes(monkeypatch, policy)
-    ids = [policy.ids("a <seg>0, 1</seg> two pulses" + " <hum>" * i) for i in range(4)]
-    write(monkeypatch, policy, ids)
+    write(monkeypatch, policy, ["a <seg>0, 1</seg> two pulses" + " <hum>" * i for i in range(4)])
     responses = rollouts(policy, prompts, [wave], 4, max_new_tokens=100)
-    assert {x.dtype for layer in passes[0][2].layers for x in (layer.keys, layer.values)} == \
-        {torch.bfloat16}
-    assert len(prompts[0].ids) > 2000 and all(r.heard for r in responses)
-    for a, b in zip(*(m.log_probs([r.sample for r in responses]) for m in (policy, reference))):
-        assert torch.equal(a, b)
-    training, adv = Watched(tmp_path, policy, {}), torch.tensor([1.0, -0.5, 0.3, 2.0])
-    got = echo.grpo_update(training, policy, reference, responses, adv, grpo_settings(), 1.0)
+    samples, adv = [r.sample for r in responses], torch.tensor([1.0, -0.5, 0.3, 2.0])
+    assert all(p.dtypes == {torch.bfloat16} for p in passes) and all(r.heard for r in responses)
+    assert len(prompts[0].ids) > 2000
+    assert all(map(torch.equal, policy.log_probs(samples), reference.log_probs(samples)))
+    training = Watched(tmp_path, policy, {})
+    got = echo.grpo_update(training, policy, reference, responses, adv, settings(), 1.0)
     assert got["kl"] == got["clip_share"] == 0 < got["logp_gap"] < 0.1
     assert got["loss"] == pytest.approx(-adv.mean().item(), abs=1e-6)
 
 
 def test_bf16_of_a_tiny_decoder(model):
-    policy, reference = copy.deepcopy(model), copy.deepcopy(model)
-    echo.prepare(policy, grpo_settings(dtype="bf16"))
-    echo.prepare(reference, grpo_settings(dtype="bf16", train="none"))
+    policy = echo.prepare(copy.deepcopy(model), settings(dtype="bf16"))
+    reference = echo.prepare(copy.deepcopy(model), settings(dtype="bf16", train="none"))
     assert torch.equal(*(m.log_probs([dialogue(model)])[0] for m in (policy, reference)))
     assert not echo.set_precision(copy.deepcopy(model), "auto").bf16
 
@@ -699,10 +627,9 @@ def whisper(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whisper")
     torch.manual_seed(2)
     WhisperModel(WhisperConfig(
-        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=80,
-        vocab_size=100, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        decoder_start_token_id=1)).save_pretrained(folder)
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, vocab_size=100,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)).save_pretrained(folder)
     WhisperFeatureExtractor().save_pretrained(folder)
     return folder
 
@@ -714,17 +641,16 @@ def test_whisper_encoder(tokenizer, whisper, rate):
     waves = [noise(s, i) for i, s in enumerate((0.2, 3.0, 31.0))]
     full, first = model.hear(waves), model.hear(waves, True)
     assert [len(t) for t in full] == [5, 75, 775]
+    assert [len(t) for t in first] == ([1, 6, 62] if rate else [5, 75, 775])
     for wave, tokens in zip(waves, full):
         assert (model.hear([wave])[0] - tokens).abs().max() < 1e-4
-    for seconds in (waves[1], waves[2][480_000:]):  # and the second window of the long one
-        inputs = model.encoder.extractor(seconds.numpy(), sampling_rate=16_000, return_tensors="pt")
+    for window, tokens in ((waves[1], full[1]), (waves[2][480_000:], full[2][750:])):
+        heard = model.encoder.extractor(window.numpy(), sampling_rate=16_000, return_tensors="pt")
         with torch.no_grad():
-            want = model.encoder.whisper(inputs.input_features).last_hidden_state[0]
-        want = want.view(750, 2, -1).mean(1)[:len(seconds) // 640]
-        assert any((t[-len(want):] - want).abs().max() < 1e-4 for t in full[1:])
-    assert [len(t) for t in first] == ([1, 6, 62] if rate else [5, 75, 775])
-    want = torch.stack([full[1][math.floor(i * 12.5):math.ceil((i + 1) * 12.5)].mean(0)
-                        for i in range(6)]) if rate else full[1]
+            want = model.encoder.whisper(heard.input_features).last_hidden_state[0]
+        assert (tokens - want.view(750, 2, -1).mean(1)[:len(tokens)]).abs().max() < 1e-4
+    ends = [(math.floor(i * 12.5), math.ceil((i + 1) * 12.5)) for i in range(6)]
+    want = torch.stack([full[1][a:b].mean(0) for a, b in ends]) if rate else full[1]
     assert (first[1] - want).abs().max() < 1e-4
 
 
@@ -738,20 +664,12 @@ class LoudnessEncoder(torch.nn.Module):
 
 
 def test_your_own_encoder(model, monkeypatch):
-    mine = Echo(Config(first_listen_rate=0.0), LoudnessEncoder(), model.decoder, model.tokenizer)
-    wave = torch.cat([torch.zeros(16_000), torch.ones(16_000)])
-    prompts = asked(mine, [wave])
-    write(monkeypatch, mine, TEXTS[:1])
-    row = rollouts(mine, prompts, [wave])[0]
+    config, wave = Config(first_listen_rate=0.0), torch.arange(2.0).repeat_interleave(16_000)
+    mine = echo.Echo(config, LoudnessEncoder(), model.decoder, model.tokenizer)
+    write(monkeypatch, mine, TEXTS)
+    row = rollouts(mine, asked(mine, [wave]), [wave])[0]
     heard = torch.cat(row.sample.audio)[:, 0].round().int().tolist()
     assert heard == [0] * 25 + [1] * 25 + [0] * 13 + [1] * 12 + [1] * 25
-
-
-def test_a_prompt_longer_than_the_decoders_positions(model):
-    wave, room = noise(1.0), model.decoder.config.max_position_embeddings
-    with pytest.raises(EchoError) as error:
-        rollouts(model, [model.prompt(None, "hum " * room)], [wave])
-    assert str(room - 100) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_follow_decoder(capsys):
@@ -769,7 +687,8 @@ def test_follow_decoder(capsys):
 # -------------------------------------------------------------------------------------------- data
 
 def test_judge_catches_every_planted_fault():
-    kinds, seen = list(make_data.SYNTHETIC), set()
+    kinds, faults = list(make_data.SYNTHETIC), make_data.QA_FAULTS | make_data.COT_FAULTS
+    assert {"take_back", "embellish"} < faults.keys() and len(faults) == 14
     for i in range(60):
         rng = np.random.default_rng([3, i])
         _, events = make_data.synthesise(rng)
@@ -777,21 +696,18 @@ def test_judge_catches_every_planted_fault():
             row = make_data.write_row(category, events, rng)
             assert make_data.judge_qa(row, events) is make_data.judge_cot(row, events) is None
             assert row["answer"] in row["multi_choice"] and len(set(row["multi_choice"])) == 4
-            for name, plant in (make_data.QA_FAULTS | make_data.COT_FAULTS).items():
+            for name, plant in faults.items():
                 bad = row | plant(row, events, kinds, rng)
                 qa = make_data.judge_qa(bad, events)
                 assert bool(qa) == (name in make_data.QA_FAULTS), (name, bad)
                 assert qa or make_data.judge_cot(bad, events), (name, bad)
-                seen.add(name)
             for a, b in (("<think>", "<think>Well. "), ("</think>", " So be it.</think>"),
                          (" <seg>", ", so <seg>"), ("</seg> the", "</seg> surely the")):
                 assert make_data.judge_cot(row | {"cot": row["cot"].replace(a, b, 1)}, events)
-    assert {"take_back", "embellish"} < seen and len(seen) == 14
 
 
-def test_same_seed_same_bytes_and_no_shared_clips(world, tmp_path):
+def test_same_seed_same_bytes_and_no_shared_clips(data, tmp_path):
     good("make_data", "--out", tmp_path / "again", "--train-clips", 24, "--test-clips", 2)
-    data = world / "data"
     files = sorted(p.relative_to(data) for p in data.rglob("*") if p.is_file())
     assert len(files) == 31
     assert all((data / f).read_bytes() == (tmp_path / "again" / f).read_bytes() for f in files)
@@ -804,59 +720,41 @@ def test_same_seed_same_bytes_and_no_shared_clips(world, tmp_path):
     assert set(sft[0]) == set(rl[0]) | {"cot"}
 
 
-KINDS = {"Big Drum": "big-drum", "tabla_na": "tabla-na", "HISS": "hiss", "gong": "gong", "e3": "e3"}
-
-
 def test_recorded_sounds(tmp_path, monkeypatch):
     """A folder of recordings for each kind; what is held out is heard in the test alone."""
-    folder, out = tmp_path / "sounds", tmp_path / "data"
-    for k, name in enumerate(KINDS):
+    folder, out, kinds = tmp_path / "sounds", tmp_path / "data", set()
+    for k, name in enumerate(("Big Drum", "tabla_na", "HISS", "gong", "e3")):
         (folder / name).mkdir(parents=True)
+        kinds.add(re.sub("[ _]", "-", name.lower()))
         for i in range(4):
-            sound = noise(0.3 + 0.5 * i, 10 * k + i).numpy()
-            (folder / name / f"{i}.WAV").write_bytes(make_data.wav_bytes(sound.clip(-1, 1)))
+            sound = noise(0.3 + 0.5 * i, 10 * k + i).numpy().clip(-1, 1)
+            (folder / name / f"{i}.WAV").write_bytes(make_data.wav_bytes(sound))
     train, test = make_data.read_sounds(folder, 0.5, 0)
-    assert set(train) == set(test) == set(KINDS.values())
-    for kind in train:
+    assert set(train) == set(test) == kinds
+    for kind in kinds:
         a, b = ({sound.tobytes() for sound in split[kind]} for split in (train, test))
         assert len(a) == len(b) == 2 and not a & b
-    train, test = make_data.read_sounds(folder, 0.0, 0)
-    assert all(len(train[kind]) == 4 for kind in train) and train.keys() == test.keys()
+    assert all(len(s) == 4 for split in make_data.read_sounds(folder, 0, 0) for s in split.values())
     used, real = [], make_data.make_split  # each split gets its own recordings
     monkeypatch.setattr(make_data, "make_split", lambda *a: used.append(a[1::2]) or real(*a))
-    flags = ["--sounds", folder, "--out", out, "--train-clips", 6, "--test-clips", 2,
-             "--qa-faults", 0, "--cot-faults", 0]
-    good("make_data", *flags, "--hold-out", 0.25)
+    flags = ["--sounds", folder, "--out", out, "--train-clips", 6, "--test-clips", 2]
+    good("make_data", *flags, "--hold-out", 0.25, "--qa-faults", 0, "--cot-faults", 0)
     assert [(name, len(sounds["gong"])) for name, sounds in used] == [("train", 3), ("test", 1)]
-    assert len(echo.read_rows(out / "sft.jsonl")) == 18  # all are sound
-    kinds = {e["kind"] for c in echo.read_rows(out / "clips.jsonl") for e in c["A4_events"]}
-    assert kinds == set(KINDS.values())
+    assert len(echo.read_rows(out / "sft.jsonl")) == 18  # no row is broken
+    clips = echo.read_rows(out / "clips.jsonl")
+    assert {e["kind"] for clip in clips for e in clip["A4_events"]} == kinds
     (folder / "big_drum").mkdir()
     assert "kind 'big-drum'" in mistake("make_data", *flags)
-    shutil.rmtree(folder / "big_drum")
-    shutil.rmtree(folder / "gong")
+    (folder / "big_drum").rmdir()
+    shutil.move(folder / "gong", tmp_path)
     assert "4 folders" in mistake("make_data", *flags)
     (folder / "gong").mkdir()
     assert "0 WAV files" in mistake("make_data", *flags)
     shutil.copy(folder / "e3/0.WAV", folder / "gong")
-    good("make_data", *flags)
     assert "needed: at least 2" in mistake("make_data", *flags, "--hold-out", 0.25)
 
 
-def mistake(name, *args):
-    """The one line that a user's mistake ends with."""
-    code, _, err = run(name, *args)
-    line = err.strip().splitlines()[-1]
-    assert code == 2 and line.startswith("error: ") and "Traceback" not in err
-    return line
-
-
 ROW = {"question": "q", "answer": "a", "audio_path": "x.wav", "multi_choice": ["a", "b"]}
-
-
-def rows_file(folder, *rows):
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / "rows.jsonl"
 
 
 @pytest.mark.parametrize("content,says", [
@@ -868,43 +766,40 @@ def rows_file(folder, *rows):
     (ROW | {"answer": "c"}, "row 1: the answer 'c' is not among the choices"),
     (json.dumps(ROW) + '\n{"question": \n', "row 2: not JSON"), ("[1]", "row 1"),
     ('[{"question": "q"', "line 1: not JSON"), ("", "no rows"), ("[]", "no rows"),
-    (json.dumps(ROW).encode("utf-16"), "not UTF-8"), (b'{"question": "\xe9"}', "byte 14: not UTF-8")])
+    (b"\xff\xfe{\0}\0", "byte 0: not UTF-8"), (b'{"question": "\xe9"}', "byte 14: not UTF-8")])
 def test_broken_rows_are_one_line(tmp_path, content, says):
-    file = tmp_path / "rows.jsonl"
     content = json.dumps(content) if isinstance(content, dict) else content
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(EchoError) as error:
-        read_questions(file)
-    assert says in str(error.value) and "rows.jsonl" in str(error.value)
-    assert "\n" not in str(error.value)
+    (tmp_path / "r.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    error = error_of(read_questions, tmp_path / "r.jsonl")
+    assert says in error and "r.jsonl" in error
 
 
 def test_rows_as_published(tmp_path):
     """A byte order mark, MMAU's lists of categories, no answers in a benchmark; 3 is no answer."""
-    file, text = tmp_path / "rows.json", json.dumps([ROW | {"category": ["Reasoning", "Order"]}])
+    file, row = tmp_path / "rows.json", {k: v for k, v in ROW.items() if k != "answer"}
+    text = json.dumps([ROW | {"category": ["Order", "Music"]}])
     file.write_bytes(b"\xef\xbb\xbf" + text.encode())
     q, = read_questions(file)
-    assert (q.category, q.answer, q.path) == ("Reasoning, Order", "a", tmp_path / "x.wav")
-    q, = read_questions(rows_file(tmp_path, {k: ROW[k] for k in ROW if k != "answer"}), "/r", ())
+    assert (q.category, q.answer, q.path) == ("Order, Music", "a", tmp_path / "x.wav")
+    file.write_text(json.dumps([row]))
+    q, = read_questions(file, "/r", needs=())
     assert (q.category, q.answer, q.path) == ("all", None, Path("/r/x.wav"))
-    with pytest.raises(EchoError, match="'answer' is not a text: 3"):
-        read_questions(rows_file(tmp_path, ROW | {"answer": 3}), needs=())
+    file.write_text(json.dumps([row | {"answer": 3}]))
+    assert "'answer' is not a text: 3" in error_of(read_questions, file, needs=())
 
 
 def test_clips_are_kept_within_bounds(model, tmp_path, monkeypatch):
-    files, read = [tmp_path / f"{i}.wav" for i in range(4)], []
+    files, read, bound = [tmp_path / f"{i}.wav" for i in range(4)], [], 3 * 2 * 32 * 4
+    monkeypatch.setattr(train_sft, "load_audio", lambda *a: read.append(a) or load_audio(*a))
     for i, file in enumerate(files):
         file.write_bytes(make_data.wav_bytes(noise(1.0, i)))
-    monkeypatch.setattr(echo, "load_audio", lambda path, rate: read.append(path) or load_audio(path))
-    clips = echo.Clips(model, keep_bytes=3 * 2 * 32 * 4)  # three first listens of two tokens
-    for _ in range(2):
-        for file in files:
-            assert torch.equal(clips(file), model.hear([load_audio(file)], True)[0])
-            part = load_audio(file)[3200:9600]
-            assert torch.equal(clips(file, 0.2, 0.6), model.hear([part])[0])
-    assert sum(f.nbytes for f in clips.kept.values()) <= 3 * 2 * 32 * 4
+    clips, roomy = train_sft.Clips(model, keep_bytes=bound), train_sft.Clips(model)
+    for file in files * 2:
+        wave = load_audio(file)
+        assert torch.equal(clips(file), model.hear([wave], True)[0])
+        assert torch.equal(clips(file, 0.2, 0.6), model.hear([wave[3200:9600]])[0])
+    assert sum(features.nbytes for features in clips.kept.values()) <= bound
     read.clear()
-    roomy = echo.Clips(model)
     assert torch.equal(roomy(files[0]), roomy(files[0])) and len(read) == 1
 
 
@@ -920,36 +815,38 @@ def test_save_and_load_round_trip(model, qwen, whisper, tmp_path):
         assert again.ids(text) == saved.ids(text)
     save(model, tmp_path / "tiny")  # over itself
     assert sorted(p.name for p in tmp_path.iterdir()) == ["qwen", "tiny"]
+    (tmp_path / "tiny/echo.safetensors").write_bytes(b"half")
+    assert "broken checkpoint" in error_of(load, tmp_path / "tiny")
+    assert "no Echo checkpoint" in error_of(load, tmp_path)
 
 
-def test_a_folder_that_is_no_checkpoint(model, tmp_path):
-    with pytest.raises(EchoError, match="no Echo checkpoint"):
-        load(tmp_path)
-    save(model, tmp_path / "model")
-    (tmp_path / "model/echo.safetensors").write_bytes(b"half")
-    with pytest.raises(EchoError, match="broken checkpoint"):
-        load(tmp_path)
-
-
-# ----------------------------------------------------------------------- the scripts, end to end
+# ------------------------------------------------------------------------- the scripts, end to end
 
 STEPS = ["--encoder-steps", 4, "--encoder-clips", 8, "--caption-steps", 3, "--instruct-steps", 3,
-         "--align-batch", 2, "--sft-steps", 4, "--sft-batch", 2, "--log-every", 1]
-RL = ["--steps", 3, "--questions", 2, "--group", 2, "--max-new-tokens", 12, "--eval-questions", 3,
+         "--align-batch", 2, "--log-every", 1,
+         "--sft-steps", 80, "--sft-batch", 8, "--sft-lr", 2e-3]  # enough to write tags and answers
+RL = ["--steps", 3, "--questions", 2, "--group", 4, "--max-new-tokens", 48, "--eval-questions", 3,
       "--eval-every", 2]
 
 
-def sft_flags(data, out, *more, test="none"):
-    return ["--data", data / "sft.jsonl", "--clips", data / "clips.jsonl", "--out", out,
-            "--test", test, *STEPS, *more]
+def sft(data, out, *more, test="none"):
+    return ["train_sft", "--data", data / "sft.jsonl", "--clips", data / "clips.jsonl",
+            "--out", out, "--test", test, *STEPS, *more]
 
 
-def rl_flags(data, model, out, *more, test="none"):
-    return ["--model", model, "--data", data / "rl.jsonl", "--out", out, "--test", test, *RL, *more]
+def rl(data, model, out, *more, test="none"):
+    return ["train_rl", "--model", model, "--data", data / "rl.jsonl", "--out", out, "--test", test,
+            *RL, *more]
 
 
 def log_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def untimed(folder):
+    """The log of a run without what depends on the machine."""
+    free = re.compile("seconds|decoding_share|.*_per_s|.*padding")
+    return [{k: v for k, v in e.items() if not free.fullmatch(k)} for e in log_of(folder)]
 
 
 def weights(folder):
@@ -957,96 +854,97 @@ def weights(folder):
     return {k: v for part in parts for k, v in echo.load_file(folder / "model" / part).items()}
 
 
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 @pytest.fixture(scope="session")
-def trained(world):
+def trained(data):
     """All stages at micro size, by the scripts: the folder of their folders."""
-    data, runs = world / "data", world / "runs"
-    good("train_sft", *sft_flags(data, runs, test=data / "test.jsonl"))
-    good("train_rl", *rl_flags(data, runs / "sft", runs / "rl", test=data / "test.jsonl"))
+    runs = data.parent / "runs"
+    good(*sft(data, runs, test=data / "test.jsonl"))
+    good(*rl(data, runs / "sft", runs / "rl", test=data / "test.jsonl"))
     return runs
 
 
-def test_training_scripts(world, trained, tmp_path):
-    data, log = world / "data", log_of(trained / "rl")
-    steps = [e for e in log if "reward" in e]
+def test_training_scripts(data, trained, tmp_path):
+    steps = [e for e in log_of(trained / "rl") if "reward" in e]
     assert [e["step"] for e in steps] == [1, 2, 3]
     for entry in steps:
         parts = [entry[k] for k in ("format", "consistency", "accuracy", "segment")]
         assert entry["reward"] == pytest.approx(sum(parts), abs=1e-4)
         assert all(math.isfinite(v) for v in entry.values())
-    evaluated = [e for e in log if "eval_accuracy" in e]
+    assert max(e["segments"] for e in steps) > 0 and max(e["kl"] for e in steps) > 0
+    evaluated = [e for e in log_of(trained / "rl") if "eval_accuracy" in e]
     assert [e["step"] for e in evaluated] == [0, 2, 3] and "eval_count_after" in evaluated[0]
     assert "eval_accuracy" in log_of(trained / "sft")[-1]
     assert (trained / "rl/report.html").is_file() and not (trained / "rl/saves").exists()
-    before = weights(trained / "sft")  # finished stages are skipped, or trained again, alike
-    flags = sft_flags(data, trained, test=data / "test.jsonl")
-    assert good("train_sft", *flags).count("already trained") == 3
+    stages = [weights(trained / stage) for stage in ("encoder", "base", "sft", "rl")]
+    for name in [k for k in stages[0] if k.startswith("encoder.")]:  # frozen after its own stage
+        assert all(torch.equal(stages[0][name], stage[name]) for stage in stages), name
+    for name in ("projector.bias", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"):
+        assert not any(torch.equal(a[name], b[name]) for a, b in zip(stages[1:], stages[2:]))
+    flags = sft(data, trained, test=data / "test.jsonl")
+    assert good(*flags).count("already trained") == 3  # or trained again, alike, if told so
+    flags = rl(data, trained / "sft", trained / "rl", test=data / "test.jsonl")
+    assert "already trained" in good(*flags, "--save-every", 7)
+    assert "was begun with lr = " in mistake(*flags, "--lr", 1)
     for stage in ("base", "sft"):
         shutil.copytree(trained / stage, tmp_path / stage)
-    again = good("train_sft", *sft_flags(data, tmp_path, "--stage", "sft", "--retrain"))
-    assert "already" not in again and "step 4" in again
-    assert all(torch.equal(v, before[k]) for k, v in weights(tmp_path / "sft").items())
+    assert "step 3" in good(*sft(data, tmp_path, "--stage", "sft", "--sft-steps", 3, "--retrain"))
+    assert len(log_of(tmp_path / "sft")) == 3
 
 
 def test_every_metric_is_defined(trained):
-    logged = {k for run in ("encoder", "base", "sft", "rl") for e in log_of(trained / run) for k in e}
-    for key in {k.removeprefix("eval_") for k in logged - {"step"}}:
+    runs = [log_of(trained / run) for run in ("encoder", "base", "sft", "rl")]
+    logged = {k.removeprefix("eval_") for log in runs for entry in log for k in entry} - {"step"}
+    for key in logged:
         assert key in generate.METRICS or key.startswith("rejected_") and "rejected" in \
             generate.METRICS, key
-    table = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", (HERE / "README.md").read_text(), re.M))
+    readme = (HERE / "README.md").read_text()
+    table = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", readme, re.M))
     for name, definition in generate.METRICS.items():
-        if not name.startswith("rejected_"):
-            assert table.get(name, "").replace("`", "") == definition, name
+        assert name.startswith("rejected_") or table[name].replace("`", "") == definition, name
 
 
-def test_encoder_stays_frozen_after_its_own_stage(trained):
-    first, *later = (weights(trained / stage) for stage in ("encoder", "base", "sft", "rl"))
-    for name in [k for k in first if k.startswith("encoder.")]:
-        assert all(torch.equal(first[name], w[name]) for w in later), name
-    assert not torch.equal(first["projector.weight"], later[2]["projector.weight"])
-
-
-def test_generate_on_a_foreign_clip(world, trained, tmp_path, monkeypatch):
+def test_generate_on_a_foreign_clip(data, trained, tmp_path, monkeypatch):
     """Another rate, stereo: an answer in JSON, and the stream."""
-    t = np.arange(3 * 44_100) / 44_100
-    wave = np.stack([np.sin(2 * np.pi * 300 * t), np.sin(2 * np.pi * 500 * t)], 1)
-    raw = (wave * 8000).astype("<i2").tobytes()
+    t = np.arange(3 * 44_100)[:, None] / 44_100
+    raw = (8000 * np.sin(2 * np.pi * t * [300, 500])).astype("<i2").tobytes()
     (tmp_path / "my clip.wav").write_bytes(wav(raw, 44_100, 2))
-    flags = [tmp_path / "my clip.wav", "Which sound?", "--choices", "bell", "a hiss", "--model",
-             trained / "rl"]
-    got = json.loads(good("generate", *flags, "--json"))
-    assert set(got) == {"answer", "response", "segments", "ended"}
-    said = good("generate", *flags)
+    flags = ["generate", tmp_path / "my clip.wav", "Which sound?", "--choices", "bell", "a hiss",
+             "--model", trained / "rl"]
+    assert set(json.loads(good(*flags, "--json"))) == {"answer", "response", "segments", "ended"}
+    said = good(*flags)
     assert "answer:" in said and "Which sound? bell, a hiss" in said and "(3.0 s)" in said
-    monkeypatch.chdir(world)  # without a clip: a held-out one of the toy
+    monkeypatch.chdir(data.parent)  # without a clip: a held-out one of the toy
     assert "truth:" in good("generate")
 
 
-def test_benchmark_files(world, trained, tmp_path, monkeypatch):
+def test_benchmark_files(data, trained, tmp_path, monkeypatch):
     """MMAR and MMAU rows come back whole with the evaluators' keys; broken audio is named and
     counted; an interrupted run goes on, with the same settings alone."""
-    rows = echo.read_rows(world / "data/test.jsonl")[:5]
-    mmar = [{"id": i, "audio_path": "./" + r["audio_path"], "question": r["question"],
-             "choices": r["multi_choice"], "answer": r["answer"], "modality": "sound",
-             "category": "x", "sub-category": "y"} for i, r in enumerate(rows)]
-    mmar[2]["audio_path"] = "audio/gone.wav"
-    mmau = [{"id": str(i), "audio_id": r["audio_path"], "question": r["question"], "task": "sound",
-             "choices": r["multi_choice"], "answer": r["answer"]} for i, r in enumerate(rows)]
-    for name, content in (("mmar", mmar), ("mmau", mmau)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    ours = [{"id": str(i), "question": r["question"], "choices": r["multi_choice"], "task": "sound",
+             "answer": r["answer"], "audio_path": r["audio_path"]}
+            for i, r in enumerate(echo.read_rows(data / "test.jsonl")[:5])]
+    mmar = [row | {"modality": "x", "sub-category": "y"} for row in ours]
+    mmar[2]["audio_path"] = "./audio/gone.wav"
+    (tmp_path / "mmar.json").write_text(json.dumps(mmar))
+    mmau = json.dumps(ours).replace("audio_path", "audio_id")
+    (tmp_path / "mmau.json").write_text(mmau)
 
     def flags(name, out):
-        return ["--benchmark", tmp_path / f"{name}.json", "--audio-root", world / "data", "--batch",
-                2, "--output", tmp_path / out, "--model", trained / "rl"]
-    code, out, err = run("generate", *flags("mmar", "out.json"))
+        return ["generate", "--benchmark", tmp_path / f"{name}.json", "--audio-root", data,
+                "--output", tmp_path / out, "--model", trained / "rl", "--batch", 2]
+    code, out, err = run(*flags("mmar", "out.json"))
     assert code == 1 and "1 of 5 rows" in err and "gone.wav" in out
     done = json.loads((tmp_path / "out.json").read_text())
     assert [{k: v for k, v in d.items() if k in m} for d, m in zip(done, mmar)] == mmar
-    for d in done:
-        said = echo.extract_answer(d["response"]) or ""
-        assert d["answer_prediction"] == d["model_output"] == said
-    assert done[2]["answer_prediction"] == "" and not (tmp_path / "out.json.part").exists()
-    good("generate", *flags("mmau", "whole.json"))
+    for row in done:
+        said = echo.extract_answer(row["response"]) or ""
+        assert row["answer_prediction"] == row["model_output"] == said
+    assert "error" in done[2] and not (tmp_path / "out.json.part").exists()
+    good(*flags("mmau", "whole.json"))
     real, part = generate.answer_batch, tmp_path / "again.json.part"
 
     def answer_batch(model, questions, settings):  # Ctrl-C in the second batch
@@ -1054,30 +952,29 @@ def test_benchmark_files(world, trained, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return [row | {"mark": 1} for row in real(model, questions, settings)]
     monkeypatch.setattr(generate, "answer_batch", answer_batch)
-    assert run("generate", *flags("mmau", "again.json"))[0] == 130
+    assert run(*flags("mmau", "again.json"))[0] == 130
     monkeypatch.setattr(generate, "answer_batch", real)
-    part.write_text(part.read_text() + '{"id": "2", "audio')
-    assert "max_new_tokens" in mistake("generate", *flags("mmau", "again.json"), "--max-new-tokens", 9)
-    assert "audio_root" in mistake("generate", *flags("mmau", "again.json"), "--audio-root", "/")
-    good("generate", *flags("mmau", "again.json"))
+    part.write_text(part.read_text() + '{"id": "2", "audio')  # and a half-written row
+    assert "max_new_tokens" in mistake(*flags("mmau", "again.json"), "--max-new-tokens", 9)
+    assert "audio_root" in mistake(*flags("mmau", "again.json"), "--audio-root", "/")
+    good(*flags("mmau", "again.json"))
     again, whole = (json.loads((tmp_path / f"{x}.json").read_text()) for x in ("again", "whole"))
-    assert [r.pop("mark", None) for r in again] == [1, 1, None, None, None]
-    assert [r["response"] for r in again] == [r["response"] for r in whole]
+    assert [row.get("mark") for row in again] == [1, 1, None, None, None]
+    assert [row["response"] for row in again] == [row["response"] for row in whole]
 
 
 def test_interval_of_a_share():
+    """The ends of Wilson's interval are the shares from which p is 1.96 standard errors away."""
     for right, n in ((0, 5), (5, 5), (0, 600), (600, 600), (413, 600)):
-        low, high = generate.interval(right, n)
-        p = right / n  # the ends of Wilson's interval are the shares that lie 1.96 sd from p
+        (low, high), p = generate.interval(right, n), right / n
+        assert 0 <= low <= p <= high <= 1 and math.copysign(1, low) == 1
         for end in {low, high} - {0.0, 1.0}:
             assert abs(p - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / n), abs=1e-6)
-        assert 0 <= low <= p <= high <= 1 and math.copysign(1, low) == 1
 
 
 @pytest.mark.parametrize("name,args,says", [
     ("generate", ["nowhere.wav", "q?"], "nowhere.wav: no such file"),
-    ("generate", ["nowhere.wav"], "no question"),
-    ("generate", ["a.wav", "q " * 60_000], "shorten"),
+    ("generate", ["nowhere.wav"], "no question"), ("generate", ["a.wav", "q " * 60_000], "shorten"),
     ("generate", ["--model", "nowhere"], "no Echo checkpoint"),
     ("generate", ["--report", "nowhere"], "no log.jsonl"),
     ("train_rl", ["--steps", "many"], "argument --steps: invalid int value: 'many'"),
@@ -1089,122 +986,335 @@ def test_interval_of_a_share():
     ("train_sft", ["--stage", "third"], "--stage third: must be"),
     ("train_sft", ["--dtype", "fp16"], "--dtype fp16: must be"),
     ("train_sft", ["--train", "all", "--stage", "align"], "--train all: must be"),
-    ("train_sft", ["--decoder", "nowhere/qwen"], "neither a folder here nor reachable"),
+    ("train_sft", ["--decoder", "no/qwen", "--out", "new"], "neither a folder here nor reachable"),
     ("train_sft", ["--device", "cuda:9"], "--device cuda:9"),
     ("make_data", ["--qa-faults", "2"], "--qa-faults and --cot-faults"),
     ("make_data", ["--sounds", "nowhere"], "--sounds nowhere: 0 folders")])
-def test_a_users_mistake_is_one_line(world, trained, tmp_path, monkeypatch, name, args, says):
+def test_a_users_mistake_is_one_line(data, trained, tmp_path, monkeypatch, name, args, says):
     """The flags that the mistake is not about are good ones."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     Path("a.wav").write_bytes(wav(b"\xff\x01" * 16_000))
-    data, flags = world / "data", {"make_data": ["--out", "data"], "generate": ["--model", trained / "rl"]}
-    if name == "train_sft":
-        shutil.copytree(trained / "encoder", "runs/encoder")
-        flags = sft_flags(data, "new" if "--decoder" in args else "runs")
-    elif name == "train_rl":
-        flags = rl_flags(data, trained / "sft", "rl")
-    else:
-        flags = flags[name]
-    assert says in mistake(name, *flags, *args)
+    shutil.copytree(trained / "encoder", "runs/encoder")
+    flags = {"make_data": ["make_data"], "generate": ["generate", "--model", trained / "rl"],
+             "train_sft": sft(data, "runs"), "train_rl": rl(data, trained / "sft", "rl")}[name]
+    assert says in mistake(*flags, *args)
 
 
-def test_a_mistake_of_a_process():
-    script = process("generate.py", "--model", "nowhere")
-    out, err = script.communicate()
-    assert script.returncode == 2 and err.startswith("error: ") and err.count("\n") == 1
+def test_pretrained_stages_end_to_end(data, qwen, whisper, tmp_path):
+    """Both stages and use on the stand-ins, in bf16; what is frozen stays, but for its rounding."""
+    bf16, model = ["--dtype", "bf16", "--checkpointing", "--tokens-per-batch", 900], tmp_path / "rl"
+    said = good(*sft(data, tmp_path, "--decoder", qwen[True], "--encoder", whisper, "--train",
+                     "last-1", "--first-listen-rate", 0, "--sft-steps", 2, *bf16))
+    assert "by the decoder: " in said and "align_lr 5e-05" in said
+    before, after = (weights(tmp_path / stage) for stage in ("encoder", "sft"))
+    changed = {k for k in before if not torch.equal(before[k].bfloat16(), after[k].bfloat16())}
+    assert any(".layers.2." in k for k in changed)
+    assert all(re.search(r"layers\.2\.|model\.norm|projector", k) for k in changed)
+    config = load(tmp_path / "sft").config
+    assert config.max_new_tokens == 512 and "Think step-by-step" in config.prompt
+    published = echo.read_rows(data / "rl.jsonl")
+    (tmp_path / "rl.jsonl").write_text(json.dumps(published))  # a list, elsewhere than the audio
+    good(*rl(tmp_path, tmp_path / "sft", model, "--audio-root", data, "--max-new-tokens", 9, *bf16))
+    clip = ["generate", data / "audio/test/00000.wav", "What?", "--choices", "a", "b", "--json"]
+    assert json.loads(good(*clip, "--model", model, "--max-new-tokens", 9))["ended"]
 
 
-def test_other_settings_do_not_go_on_with_a_run(world, trained):
-    flags = rl_flags(world / "data", trained / "sft", trained / "rl", test=world / "data/test.jsonl")
-    assert "already trained" in good("train_rl", *flags, "--save-every", 7)
-    assert "was begun with lr = " in mistake("train_rl", *flags, "--lr", 1)
+# --------------------------------------------------------------------- kills and several processes
 
-
-# ------------------------------------------------------------------- kills and several processes
-
-def test_killed_and_run_again_ends_with_the_same_weights(world, trained, tmp_path):
+def test_killed_and_run_again_ends_with_the_same_weights(data, trained, tmp_path):
     """SIGTERM, Ctrl-C and SIGKILL in the middle of SFT and of RL: the same command goes on and ends
     where the uninterrupted run ended."""
-    data, jobs = world / "data", {}
+    jobs = {}
     for out in (tmp_path / "whole", tmp_path / "killed"):
         shutil.copytree(trained / "base", out / "base")
-        more = ["--stage", "sft", "--save-every", 1]
-        jobs[out / "sft"] = ["train_sft", *sft_flags(data, out, *more, "--sft-steps", 60)]
-        jobs[out / "rl"] = ["train_rl", *rl_flags(data, trained / "sft", out / "rl", "--steps", 30,
-                                                  "--save-every", 1)]
-    killed = [folder for folder in jobs if "killed" in str(folder)]
+        jobs[out / "sft"] = sft(data, out, "--stage", "sft", "--sft-batch", 2, "--save-every", 1)
+        jobs[out / "rl"] = rl(data, trained / "sft", out / "rl", "--steps", 15, "--save-every", 1)
+    killed = [tmp_path / "killed/sft", tmp_path / "killed/rl"]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
-        running = {}
+        running, ended = {}, []
         for folder in killed:
-            name, *args = jobs[folder]
-            seen = set((folder / "saves").glob("step-??????"))
-            running[folder / "saves"] = process(f"{name}.py", *args), seen
+            (name, *args), saves = jobs[folder], folder / "saves"
+            running[saves] = set(saves.glob("step-??????")), process(f"{name}.py", *args)
         while running:
-            for saves, (script, seen) in list(running.items()):
+            time.sleep(0.01)
+            for saves, (seen, script) in list(running.items()):
+                assert script.poll() is None, script.communicate()[1]
                 if set(saves.glob("step-??????")) - seen:
                     script.send_signal(number)
-                    _, err = script.communicate()
-                    assert script.returncode == (130 if number == signal.SIGINT else -number), err
-                    del running[saves]
+                    ended.append(running.pop(saves)[1])
+        for script in ended:
+            _, err = script.communicate()
+            assert script.returncode == (130 if number == signal.SIGINT else -number), err
     for folder in killed:  # what a kill in the middle of a save and of a line leaves
         (folder / "saves/step-999999.tmp").mkdir()
         (folder / "log.jsonl").write_text((folder / "log.jsonl").read_text() + '{"step": 9')
-    for folder, job in jobs.items():
+    for job in jobs.values():
         good(*job)
     for name in ("sft", "rl"):
-        one, two = (weights(tmp_path / out / name) for out in ("whole", "killed"))
-        assert one.keys() == two.keys() and all(torch.equal(v, two[k]) for k, v in one.items())
-        one, two = (untimed(log_of(tmp_path / out / name)) for out in ("whole", "killed"))
-        assert one == two
-
-
-def untimed(log):
-    """The entries of a log without what depends on the machine."""
-    free = ("seconds", "decoding_share", "responses_per_s", "tokens_per_s", "padding", "eval_padding")
-    return [{k: v for k, v in entry.items() if k not in free} for entry in log]
+        one, two = tmp_path / "whole" / name, tmp_path / "killed" / name
+        assert equal(weights(one), weights(two)) and untimed(one) == untimed(two)
 
 
 BOTH = """import json, sys
 sys.path.insert(0, sys.argv[1])
 import echo, train_rl, train_sft
-for name, *args in json.loads(sys.argv[2]):
-    sys.argv = [name, *args]
+for sys.argv in json.loads(sys.argv[2]):
     try:
-        {"train_sft": train_sft, "train_rl": train_rl}[name].run()
+        {"train_sft": train_sft, "train_rl": train_rl}[sys.argv[0]].run()
     except echo.EchoError as error:
         print(error)
 """
 
 
-def test_two_processes_equal_one(world, trained, tmp_path):
+def test_two_processes_equal_one(data, trained, tmp_path):
     """The same global batch on one and on two gloo processes: the same log and the same weights,
     but for those whose gradient is near 0, where Adam's first step is the sign of a rounding."""
-    data, jobs = world / "data", []
-    test = data / "test.jsonl"
-    for out in (tmp_path / "1", tmp_path / "2"):
+    jobs, test, steps = [], data / "test.jsonl", ["--steps", 1, "--questions", 4]
+    stage = ["--stage", "sft", "--sft-steps", 1]
+    for out in (tmp_path / "1", tmp_path / "2", tmp_path / "few"):
         shutil.copytree(trained / "base", out / "base")
-        sft = ["--stage", "sft", "--sft-steps", 1]
-        jobs += [["train_sft", *sft_flags(data, out, *sft)],
-                 ["train_rl", *rl_flags(data, trained / "sft", out / "rl", "--steps", 1,
-                                        "--questions", 4, test=test)]]
-    shutil.copytree(trained / "base", tmp_path / "3/base")
-    few = [["train_sft", *sft_flags(data, tmp_path / "3", *sft, "--sft-batch", 1)],
-           ["train_rl", *rl_flags(data, trained / "sft", tmp_path / "3/rl")]]
-    good(*jobs[0])
-    good(*jobs[1])
+        jobs += [sft(data, out, *stage), rl(data, trained / "sft", out / "rl", *steps, test=test)]
+    good(*jobs.pop(0))
+    good(*jobs.pop(0))
     (tmp_path / "both.py").write_text(BOTH)
-    script = process("-m", "torch.distributed.run", "--nproc_per_node=2",
-                     f"--master_port={random.randrange(20_000, 40_000)}", tmp_path / "both.py", HERE,
-                     json.dumps([list(map(str, job)) for job in jobs[2:] + few]))
+    jobs[2:] = [*jobs[2], "--sft-batch", 1], [*jobs[3], "--questions", 2]
+    script = process("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+                     tmp_path / "both.py", HERE, json.dumps([list(map(str, job)) for job in jobs]))
     out, err = script.communicate()
     assert script.returncode == 0, err[-2000:]
     assert out.count("2 processes for a batch of 1") == 2 == out.count("must be a multiple of")
     for name, start in (("sft", "base"), ("rl", "sft")):
-        before, one, two = map(weights, (trained / start, tmp_path / "1" / name, tmp_path / "2" / name))
+        before, one, two = (weights(p) for p in (
+            trained / start, tmp_path / "1" / name, tmp_path / "2" / name))
         apart, learned = (sum(((w[k] - one[k]) ** 2).sum() for k in one) for w in (two, before))
-        assert apart < 1e-4 * learned and learned > 0
-        one, two = (untimed(log_of(tmp_path / n / name)) for n in "12")
-        assert len(one) == len(two)
-        for a, b in zip(one, two):
+        assert apart < 1e-4 * learned
+        for a, b in zip(*(untimed(tmp_path / n / name) for n in "12"), strict=True):
             assert a == pytest.approx(b, abs=3e-5)
+
+
+# ------------------------------------------------------------------------ pages, in a real browser
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A headless Chromium over WebDriver: browser(page, script, result, seconds) -> what `result`
+    is so many seconds after the script."""
+    if not shutil.which("chromedriver"):
+        pytest.skip("no Chromium with chromedriver here: apt-get install chromium-driver")
+    port = 20_000 + os.getpid() % 20_000
+    driver = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL)
+    no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def call(path, body, method="POST"):
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/session{path}", method=method,
+                                         data=json.dumps(body).encode())
+        return json.load(no_proxy.open(request, timeout=60))["value"]
+    flags = ["--headless", "--no-sandbox", "--disable-gpu",
+             "--autoplay-policy=no-user-gesture-required",
+             f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]
+    wanted, session = {"alwaysMatch": {"goog:chromeOptions": {"args": flags}}}, None
+    while not session:
+        assert driver.poll() is None
+        with contextlib.suppress(OSError):  # not yet listening
+            session = "/" + call("", {"capabilities": wanted})["sessionId"]
+
+    def open_page(page, script, result, seconds=0.0):
+        call(session + "/url", {"url": Path(page).as_uri()})
+        call(session + "/execute/sync", {"script": script, "args": []})
+        time.sleep(seconds)
+        return call(session + "/execute/sync", {"script": "return " + result, "args": []})
+    yield open_page
+    call(session, {}, "DELETE")
+    driver.terminate()
+
+
+HOSTILE = "<script>document.title='pwned'</script><img src=x onerror='document.title=1'>&amp;"
+
+
+@pytest.fixture
+def traced(model, tmp_path, monkeypatch):
+    """The page of a response full of hostile text, and its Rollout."""
+    said = f"{HOSTILE} <seg>0.5, 1.5</seg> it <seg>9, 10</seg> no"
+    write(monkeypatch, model, [f"<think>{said}</think><answer>hum</answer>"])
+    wave, how = noise(3.0), generate.Settings(max_new_tokens=300)
+    row = rollouts(model, asked(model, [wave], HOSTILE), [wave], max_new_tokens=300)[0]
+    q = echo.Question({}, None, HOSTILE, ["hum", HOSTILE], "hum", "all")
+    generate.trace_page(tmp_path / "trace.html", model, wave, q, row, how)
+    return tmp_path / "trace.html", row
+
+
+def test_pages_are_self_contained_and_show_attention(model, traced):
+    page, row = traced[0].read_text(), traced[1]
+    assert "<script>document.title" not in page and "<img src=x" not in page
+    assert "&lt;script&gt;" in page and not re.search(r"(src|href)=[\"']?(https?:)?//", page)
+    shares = generate.attention_shares(model, row)
+    assert shares.shape == (len(row.logprobs), 2) and (shares.sum(1) <= 1 + 1e-5).all()
+    closed = len(model.ids(row.text.split("</seg>")[0])) + 1
+    first, again = shares.T > 0
+    assert first.all() and not again[:closed].any() and again[closed:].all()
+
+
+def test_a_chip_plays_its_segment_and_hostile_text_stays_text(traced, browser):
+    title, started, stopped, later, text = browser(traced[0], """
+        const player = document.querySelector('audio'); window.seen = [document.title];
+        player.addEventListener('playing', () => seen.push(player.currentTime));
+        player.addEventListener('pause', () => seen.push(player.currentTime));
+        document.querySelector('button.chip').click();
+        """, "[...seen, document.title, document.body.innerText]", 4.0)
+    assert title == later == "Echo: a trace" and HOSTILE in text and "outside the clip" in text
+    assert abs(started - 0.5) < 0.3 and abs(stopped - 1.5) < 0.3
+
+
+def test_report_and_index_in_a_browser(data, trained, tmp_path, browser):
+    good("generate", "--report", trained / "rl", "--against", trained / "sft")
+    charts, text = browser(trained / "rl/report.html", "",
+                           "[document.querySelectorAll('svg').length, document.body.innerText]")
+    assert charts > 15 and generate.METRICS["kl"] in text
+    charts, left = "", "[...document.querySelectorAll('svg text')].map(t => t.getBBox().x)"
+    for y in (7.8e-4, 1.234e-4, -3.21e-5, 5432.1):
+        charts += generate.chart([("run", "red", [(0, y / 3), (9, y)], False)], "step", 320, 150)
+    generate.page(tmp_path / "charts.html", "charts", charts)
+    assert min(browser(tmp_path / "charts.html", "", left)) >= 0  # no label is cut
+    good("generate", "--benchmark", data / "test.jsonl", "--model", trained / "rl", "--html",
+         tmp_path / "index.html")
+    shown = "[...document.querySelectorAll('details')].filter(d => !d.hidden).length"
+    pick = """const kind = document.getElementById('kind'); kind.value = 'order';
+              kind.dispatchEvent(new Event('change'))"""
+    assert [browser(tmp_path / "index.html", x, shown) for x in ("", pick)] == [6, 2]
+
+
+# ------------------------------------------------------------- python test_echo.py: measurements
+
+def seconds(call, repeat=5):
+    """The median of some timings, after a first call that is not counted."""
+    took = []
+    for _ in range(repeat + 1):
+        began = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - began)
+    return sorted(took[1:])[repeat // 2]
+
+
+def probe(model, clips):
+    """What a small network reads of the number of pulses from a sound's tokens."""
+    x, y, rate = {"first-listen": [], "full-rate": []}, [], model.config.first_listen_rate or 25
+    for clip in clips:
+        wave = load_audio(Path("data") / clip["audio_path"])
+        places = [(e["start_s"], e["end_s"]) for e in clip["A4_events"]]
+        first = model.hear([wave], True)[0]
+        x["first-listen"] += [echo.cut(first, *place, rate).flatten() for place in places]
+        x["full-rate"] += [t.flatten() for t in model.hear([echo.cut(wave, *p) for p in places])]
+        y += [e["pulses"] for e in clip["A4_events"]]
+    y, n = torch.tensor(y), len(y) * 4 // 5  # the last fifth is not trained on
+    for name, tokens in x.items():
+        tokens = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        tokens = (tokens - tokens.mean(0)) / (tokens.std(0) + 1e-3)
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(tokens.shape[1], 128), torch.nn.GELU(),
+                                  torch.nn.Linear(128, 7))
+        optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.1)
+        for _ in range(300):
+            i = torch.randint(n, (128,))
+            optimizer.zero_grad()
+            F.cross_entropy(net(tokens[i]), y[i]).backward()
+            optimizer.step()
+        right = (net(tokens[n:]).argmax(1) == y[n:]).float().mean()
+        print(f"number of pulses read from {name} tokens: {right:.1%} of {len(y) - n} (chance 20%)")
+
+
+@torch.no_grad()
+def one_by_one(model, prompt, wave, seed, n_tokens):
+    """The published scheme: a row at a time, the whole of it prefilled again after each segment."""
+    row = Rollout(prompt.copy(), wave, torch.Generator().manual_seed(seed))
+    while not row.ended:
+        cache, since = echo.Cache(config=model.decoder.config), 0
+        cache.dtype = torch.bfloat16 if model.bf16 else torch.float32
+        while not row.ended and not row.waiting:
+            ids, position, _, audio = model.tensors([row.sample], [since])
+            since = len(row.sample.ids)
+            hidden = model.hidden(ids, position, torch.ones(1, since).long(), audio, cache)[:, -1]
+            token, logp = echo.sample_tokens(model, hidden, [row], 1.0)
+            echo.add_token(model, row, token[0], logp[0], "interleaved", n_tokens)
+        if row.waiting:
+            echo.listen_again(model, [row], "segment")
+    return row
+
+
+@torch.no_grad()
+def decoding_speed(model, prompts, waves, n_tokens):
+    """64 rollouts against one by one and against transformers' generate, and the sampler's cost."""
+    def batched(**more):
+        return rollouts(model, prompts, waves, 8, **more)
+    rows, alone = batched(max_new_tokens=n_tokens), []
+    together = seconds(lambda: batched(max_new_tokens=n_tokens), 3)
+    began = time.perf_counter()
+    with model.autocast():
+        for i in range(8):
+            alone.append(one_by_one(model, prompts[i], waves[i], 8 * i, n_tokens))
+    ratio = 8 * (time.perf_counter() - began) / together
+    as_one = sum(a.sample.ids == b.sample.ids for a, b in zip(alone, rows[::8]))
+    print(f"64 interleaved rollouts against one by one with re-prefill: {ratio:.1f} times the "
+          f"responses a second ({64 / together:.1f}); same ids in {as_one} of 8")
+    ids, _, mask, audio = model.tensors([p for p in prompts for _ in range(8)])
+    (x, eos), model.eos_ids = (model.embed(ids, audio), model.eos_ids), set()
+    ours = seconds(lambda: batched(reasoning="text", temperature=0.0, max_new_tokens=40), 3)
+    with model.autocast():
+        theirs = seconds(lambda: model.decoder.generate(
+            inputs_embeds=x, attention_mask=mask, do_sample=False, min_new_tokens=40,
+            max_new_tokens=40, pad_token_id=0), 3)
+        sampler = seconds(lambda: echo.sample_tokens(model, x[:, -1], rows, 1.0))
+    model.eos_ids = eos
+    print(f"64 rows of 40 tokens against transformers' generate: {theirs / ours:.2f} times its "
+          f"speed; a step takes {25 * ours:.1f} ms, its sampling {1000 * sampler:.1f} ms")
+    return rows
+
+
+def training_speed(model, samples):
+    ids, _, mask, audio = model.tensors(samples)
+
+    def bare():
+        with model.autocast():
+            model.decoder(inputs_embeds=model.embed(ids, None), attention_mask=mask,
+                          labels=ids.where(ids >= 0, -100)).loss.backward()
+    ours, theirs = seconds(lambda: (-model(samples).mean()).backward()), seconds(bare)
+    print(f"a training step of {int(mask.sum())} tokens against a bare forward and backward of the "
+          f"decoder: {theirs / ours:.2f} times its speed ({ours:.2f} s)")
+
+
+def memory(policy, reference, samples, cache_bytes):
+    """What a GRPO step holds, by part, as it is allocated."""
+    def size(tensors):
+        return sum({x.data_ptr(): x.nbytes for x in tensors}.values()) / 1e9
+    kept, weights = [], list(policy.parameters())
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        policy(samples)
+    trained, logits = size(p for p in weights if p.requires_grad), policy.decoder.config.vocab_size
+    parts = {"trained weights": trained, "frozen weights": size(weights) - trained,
+             "gradients": trained, "AdamW": 2 * trained, "reference": size(reference.parameters()),
+             f"kept for the backward pass of {sum(len(s.ids) for s in samples)} tokens":
+                 size(kept + weights) - size(weights),
+             "5 arrays of 512 logits": 5 * 4 * 512 * logits / 1e9, "KV cache": cache_bytes / 1e9,
+             "peak of this process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    print("GB: " + ", ".join(f"{k} {v:.3f}" for k, v in parts.items()))
+
+
+def measure(folder="runs/rl"):
+    model, questions = load(folder), read_questions("data/test.jsonl")[:8]
+    policy = echo.prepare(load(Path(folder).parent / "sft"), train_rl.Settings())
+    echo.prepare(model, train_rl.Settings(train="none"))
+    tiny = model.config.decoder == "tiny"
+    probe(model, echo.read_rows("data/clips.jsonl")[:1500])
+    waves = [load_audio(q.path) for q in questions]
+    heard = zip(model.hear(waves, True), questions)
+    prompts = [model.prompt(first, q.question, q.choices) for first, q in heard]
+    rows = decoding_speed(model, prompts, waves, 100 if tiny else 40)
+    with pytest.MonkeyPatch.context() as patch:
+        passes = count_passes(patch, model)
+        rollouts(model, prompts, waves, 8, max_new_tokens=100 if tiny else 40)
+    samples = [row.sample for row in rows[::2 if tiny else 8]]
+    training_speed(policy, samples)
+    memory(policy, model, samples, max(p.bytes for p in passes))
+
+
+if __name__ == "__main__":
+    measure(*sys.argv[1:])
