@@ -26,8 +26,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, Qwen2Config,
-                          Qwen2ForCausalLM, WhisperConfig, WhisperFeatureExtractor, WhisperModel)
+from transformers import (AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
+                          WhisperConfig, WhisperFeatureExtractor, WhisperModel)
 
 import echo
 import generate
@@ -53,18 +53,17 @@ def run(name, *args):
     return end.value.code or 0, out.getvalue(), err.getvalue()
 
 
-def good(name, *args):
-    code, out, err = run(name, *args)
+def good(*args):
+    code, out, err = run(*args)
     assert code == 0, err[-2000:]
     return out
 
 
-def mistake(name, *args):
-    """The one line that a user's mistake ends with."""
-    code, _, err = run(name, *args)
-    line = err.strip().splitlines()[-1]
-    assert code == 2 and line.startswith("error: ") and "Traceback" not in err
-    return line
+def mistake(*args):
+    """The one line that a script ends with."""
+    code, _, err = run(*args)
+    assert code == 2 and err.splitlines()[-1].startswith("error: ")
+    return err.splitlines()[-1]
 
 
 def error_of(call, *args, **more):
@@ -192,7 +191,8 @@ def dialogue(model, seed=0, seconds=3.0):
 
 
 def test_log_probs_in_a_batch_and_in_chunks_equal_one_by_one(model):
-    whole, parts = copy.deepcopy(model), copy.deepcopy(model)
+    parts = copy.deepcopy(model)
+    whole = echo.prepare(copy.deepcopy(model), settings(checkpointing=True))
     samples = [dialogue(model, i, 2.0 + i / 8) for i in range(24)]
     logp, alone = whole(samples), torch.cat([parts([s]) for s in samples])
     assert len(logp) == sum(sum(s.trained) for s in samples) > 512  # the length of a chunk
@@ -481,15 +481,16 @@ class Watched(echo.Training):
         self.gradients = {k: p.grad.clone() for k, p in self.trained.items() if p.grad is not None}
 
 
-@pytest.mark.parametrize("budget", [150, 16_384])
-def test_grpo_update_against_a_plain_double_loop(model, tmp_path, budget):
+@pytest.mark.parametrize("budget", [300, 16_384])
+def test_grpo_update_against_a_plain_double_loop(model, tmp_path, monkeypatch, budget):
     """One update in micro-batches, against tokens one by one: gradient and metrics."""
     policy, reference, how = copy.deepcopy(model), copy.deepcopy(model), settings(temperature=0.7)
     with torch.no_grad():  # a reference and an older policy that differ
         for p in reference.decoder.parameters():
             p += 1e-3
     waves, adv = [noise(2.0 + i, i) for i in range(4)], torch.tensor([1.0, -0.5, 0.3, 2.0])
-    responses = rollouts(model, asked(model, waves), waves, temperature=0.7, max_new_tokens=12)
+    write(monkeypatch, model, TEXTS)
+    responses = rollouts(model, asked(model, waves), waves, temperature=0.7)
     for r in responses:
         r.logprobs = [x + 0.3 * (-1) ** t for t, x in enumerate(r.logprobs)]
     how.tokens_per_batch, training = budget, Watched(tmp_path, echo.prepare(policy, how), {})
@@ -867,7 +868,7 @@ def trained(data):
     return runs
 
 
-def test_training_scripts(data, trained, tmp_path):
+def test_training_scripts(data, trained, tmp_path, monkeypatch):
     steps = [e for e in log_of(trained / "rl") if "reward" in e]
     assert [e["step"] for e in steps] == [1, 2, 3]
     for entry in steps:
@@ -891,20 +892,21 @@ def test_training_scripts(data, trained, tmp_path):
     assert "was begun with lr = " in mistake(*flags, "--lr", 1)
     for stage in ("base", "sft"):
         shutil.copytree(trained / stage, tmp_path / stage)
+    monkeypatch.setitem(echo.REWARDS, "brief", lambda r, answer: {"brief": -len(r.logprobs)})
+    good(*rl(data, tmp_path / "sft", tmp_path / "rl", "--reward", "brief", "--steps", 1))
+    entry = log_of(tmp_path / "rl")[0]
+    assert entry["reward"] == entry["brief"] == -entry["length"]
     assert "step 3" in good(*sft(data, tmp_path, "--stage", "sft", "--sft-steps", 3, "--retrain"))
     assert len(log_of(tmp_path / "sft")) == 3
 
 
 def test_every_metric_is_defined(trained):
     runs = [log_of(trained / run) for run in ("encoder", "base", "sft", "rl")]
-    logged = {k.removeprefix("eval_") for log in runs for entry in log for k in entry} - {"step"}
-    for key in logged:
-        assert key in generate.METRICS or key.startswith("rejected_") and "rejected" in \
-            generate.METRICS, key
-    readme = (HERE / "README.md").read_text()
-    table = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", readme, re.M))
-    for name, definition in generate.METRICS.items():
-        assert name.startswith("rejected_") or table[name].replace("`", "") == definition, name
+    logged = {generate.plain_name(k) for log in runs for entry in log for k in entry} - {"step"}
+    assert not logged - generate.METRICS.keys() and len(logged) > 30
+    readme = (HERE / "README.md").read_text().replace("`", "")
+    table = dict(re.findall(r"^\| (\w+) \| (.*) \|$", readme, re.M))
+    assert {name: table.get(name) for name in generate.METRICS} == generate.METRICS
 
 
 def test_generate_on_a_foreign_clip(data, trained, tmp_path, monkeypatch):
@@ -1134,7 +1136,7 @@ HOSTILE = "<script>document.title='pwned'</script><img src=x onerror='document.t
 @pytest.fixture
 def traced(model, tmp_path, monkeypatch):
     """The page of a response full of hostile text, and its Rollout."""
-    said = f"{HOSTILE} <seg>0.5, 1.5</seg> it <seg>9, 10</seg> no"
+    said = f"{HOSTILE} <seg>0.5, 1.5</seg> it <seg>9, 10</seg> {HOSTILE}"
     write(monkeypatch, model, [f"<think>{said}</think><answer>hum</answer>"])
     wave, how = noise(3.0), generate.Settings(max_new_tokens=300)
     row = rollouts(model, asked(model, [wave], HOSTILE), [wave], max_new_tokens=300)[0]
