@@ -777,8 +777,10 @@ def set_precision(model, dtype="auto"):
         supported = torch.cuda.is_bf16_supported
     pretrained = model.config.decoder != "tiny"
     model.bf16 = dtype == "bf16" or dtype == "auto" and pretrained and supported()
-    for module in model.decoder.modules() if model.bf16 else ():
-        if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.requires_grad:
+    table = model.decoder.get_input_embeddings().weight  # a policy trains a tiny decoder's in fp32,
+    for module in model.decoder.modules() if model.bf16 else ():  # so its reference keeps that
+        frozen = isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.requires_grad
+        if frozen and (pretrained or module.weight is not table):
             module.to(torch.bfloat16)
     return model
 
@@ -971,7 +973,8 @@ def read_questions(path, audio_root="", needs=("answer",)):
         choices, wrong = row.get("multi_choice") or row.get("choices"), None
         if not isinstance(audio, str):
             wrong = "no 'audio_path' (or 'audio_id')"
-        elif not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+        elif not choices or not isinstance(choices, list) or \
+                not all(isinstance(c, str) for c in choices):
             wrong = "no 'multi_choice' (or 'choices'), a list of texts"
         elif not isinstance(answer, str | None):
             wrong = f"'answer' is not a text: {answer!r}"
@@ -1007,7 +1010,12 @@ def parse_settings(cls, doc):
         elif isinstance(f.default, tuple):
             how = {"nargs": "+"}
         parser.add_argument(*sorted(flags), default=f.default, help=argparse.SUPPRESS, **how)
-    return cls(**vars(parser.parse_args()))
+    settings = cls(**vars(parser.parse_args()))
+    for f in dataclasses.fields(cls):  # a count that is 0 by default may be 0; none is negative
+        value, least = getattr(settings, f.name), int(type(f.default) is int and f.default > 0)
+        if isinstance(value, (int, float)) and not value >= least:
+            fail(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
+    return settings
 
 
 def follow_decoder(settings, table, decoder):

@@ -86,30 +86,32 @@ def evaluate(training, model, questions, batch=50, **decoding):
         here = [ok for ok, q in zip(right, mine) if category in (None, q.category)]
         n_right, n = training.sum(sum(here), len(here))
         metrics[category or "accuracy"] = n_right / n
-    metrics |= training.mean(response_metrics(responses), len(responses))
+    metrics |= response_metrics(responses, training.sum)
     return {f"eval_{k}": v for k, v in metrics.items()}
 
 
-def response_metrics(responses):
-    """Means over a list of Rollouts; METRICS defines each."""
-    n, heard = max(1, len(responses)), [s for r in responses for s in r.heard]
-    n_heard, seconds = max(1, len(heard)), sum(s.end_s - s.start_s for s in heard)
+def response_metrics(responses, total=lambda *counts: counts):
+    """Shares and means over Rollouts; METRICS defines each. total: sums counts over processes."""
+    n, heard = len(responses), [s for r in responses for s in r.heard]
+    seconds = sum(s.end_s - s.start_s for s in heard)
     once = sum(covered(r.heard) for r in responses)
     reasons = [s.reason for r in responses for s in r.segments]
     computed = sum(r.computed for r in responses)
-    return {"segments": len(heard) / n,
-            "segment_s": seconds / n_heard,
-            "short_segments": sum(s.end_s - s.start_s < 0.4 for s in heard) / n_heard,
-            "overlap": 1 - once / seconds if seconds else 0.0,
-            "listened_once": sum(len(r.heard) >= 1 for r in responses) / n,
-            "listened_twice": sum(len(r.heard) >= 2 for r in responses) / n,
-            "truncated": sum(r.ended == "length" for r in responses) / n,
-            "no_answer": sum(extract_answer(r.text) is None for r in responses) / n,
-            "length": sum(len(r.logprobs) for r in responses) / n,
-            "audio_tokens": sum(r.sample.ids.count(AUDIO) for r in responses) / n,
-            "padding": 1 - sum(r.cached for r in responses) / computed if computed else 0.0,
-            **{f"rejected_{reason.replace(' ', '_')}": reasons.count(reason) / max(1, len(reasons))
-               for reason in REASONS}}
+    parts = {"segments": (len(heard), n),
+             "segment_s": (seconds, len(heard)),
+             "short_segments": (sum(s.end_s - s.start_s < 0.4 for s in heard), len(heard)),
+             "overlap": (seconds - once, seconds),
+             "listened_once": (sum(len(r.heard) >= 1 for r in responses), n),
+             "listened_twice": (sum(len(r.heard) >= 2 for r in responses), n),
+             "truncated": (sum(r.ended == "length" for r in responses), n),
+             "no_answer": (sum(extract_answer(r.text) is None for r in responses), n),
+             "length": (sum(len(r.logprobs) for r in responses), n),
+             "audio_tokens": (sum(r.sample.ids.count(AUDIO) for r in responses), n),
+             "padding": (computed - sum(r.cached for r in responses), computed)}
+    for reason in REASONS:
+        parts["rejected_" + reason.replace(" ", "_")] = reasons.count(reason), len(reasons)
+    tops, bottoms = total(*(a for a, _ in parts.values())), total(*(b for _, b in parts.values()))
+    return {k: a / b if b else 0.0 for k, a, b in zip(parts, tops, bottoms)}
 
 
 def covered(segments):
@@ -334,6 +336,7 @@ def data_uri(kind, raw):
 
 def spectrogram_png(wave, sample_rate, columns=600):
     """A grey PNG of the log-mel power of a waveform, low pitches at the bottom."""
+    wave = torch.nn.functional.pad(wave, (0, max(0, 1024 - len(wave))))
     hop = max(1, len(wave) // columns)
     mel = torchaudio.transforms.MelSpectrogram(sample_rate, 1024, hop_length=hop, n_mels=64)(wave)
     decades = mel.clamp_min(1e-8).log10() - mel.max().clamp_min(1e-8).log10()
@@ -353,7 +356,7 @@ def chart(series, x_label, width=520, height=190):
     xs, ys = [x for x, _ in points], [y for _, y in points]
     x0, x1, y0 = min(xs), max(max(xs), min(xs) + 1), min(0.0, *ys)
     y1 = 1.0 if 0.5 < max(ys) <= 1 else max(ys) * 1.05 if max(ys) > 0 else 0.0 if y0 < 0 else 1.0
-    left, right, top, bottom = 56, width - 10, 22, height - 24
+    left, right, top, bottom = 64, width - 10, 22, height - 24
 
     def at(x, y):
         return (left + (x - x0) / (x1 - x0) * (right - left),

@@ -113,7 +113,7 @@ def grpo_step(training, policy, reference, rows, settings):
 
     answers = [q.answer for q in questions for _ in range(group)]
     parts = [REWARDS[settings.reward](r, answer) for r, answer in zip(responses, answers)]
-    rewards = torch.tensor([sum(part.values()) for part in parts]).view(-1, group)
+    rewards = torch.tensor([float(sum(part.values())) for part in parts]).view(-1, group)
     advantages = group_advantages(rewards).flatten()
 
     lr = settings.lr * linear_schedule(step, settings.steps, settings.warmup, final=0.1)
@@ -124,12 +124,11 @@ def grpo_step(training, policy, reference, rows, settings):
     means = {"reward": rewards.mean().item(),
              **{name: sum(part[name] for part in parts) / n for name in parts[0]},
              "right": sum(is_right(r.text, a) for r, a in zip(responses, answers)) / n,
-             "flat_groups": (rewards.std(1) < 1e-6).float().mean().item(),
-             **response_metrics(responses)}
+             "flat_groups": (rewards.std(1) < 1e-6).float().mean().item()}
     seconds, tokens = time.time() - began, sum(len(r.logprobs) for r in responses)
     speed = training.sum(n / seconds, tokens / seconds)
-    training.log(("reward", "right", "segments", "kl", "seconds"), **training.mean(means, n),
-                 **metrics, responses_per_s=speed[0], tokens_per_s=speed[1], seconds=seconds,
+    means = training.mean(means, n) | response_metrics(responses, training.sum)
+    training.log(("reward", "right", "segments", "kl", "seconds"), **means, **metrics, responses_per_s=speed[0], tokens_per_s=speed[1], seconds=seconds,
                  decoding_share=(decoded - began) / seconds)
 
 

@@ -234,8 +234,9 @@ def new_model(settings, clip_rows):
         return build(config)
     texts = []
     for row in read_rows(settings.data, ("question", "cot")):
-        texts += [f" {row['question']} Choose from\n{row['cot']}", *row["multi_choice"]]
-        texts += [" " + choice for choice in row["multi_choice"]]
+        choices = row.get("multi_choice") or row.get("choices") or ()
+        texts += [f" {row['question']} Choose from\n{row['cot']}", *choices]
+        texts += [" " + choice for choice in choices]
     for _, clip in clip_rows:
         for event in clip.get("A4_events", ()):
             texts += [f" Describe every sound. {look_for(event)} Describe the audio and what comes"]
@@ -485,6 +486,8 @@ def stage_settings(stage, settings):
 def run():
     settings = parse_settings(Settings, __doc__)
     require(settings, stage=("all", *STAGES), dtype=DTYPES)
+    if settings.first_listen_rate > 25:
+        raise EchoError(f"--first-listen-rate {settings.first_listen_rate}: at most 25, 0: all")
     device = pick_device(settings.device)
     follow_decoder(settings, BY_DECODER, settings.decoder)
     for stage in STAGES if settings.stage == "all" else (settings.stage,):
