@@ -128,7 +128,8 @@ def grpo_step(training, policy, reference, rows, settings):
     seconds, tokens = time.time() - began, sum(len(r.logprobs) for r in responses)
     speed = training.sum(n / seconds, tokens / seconds)
     means = training.mean(means, n) | response_metrics(responses, training.sum)
-    training.log(("reward", "right", "segments", "kl", "seconds"), **means, **metrics, responses_per_s=speed[0], tokens_per_s=speed[1], seconds=seconds,
+    training.log(("reward", "right", "segments", "kl", "seconds"), **means, **metrics,
+                 responses_per_s=speed[0], tokens_per_s=speed[1], seconds=seconds,
                  decoding_share=(decoded - began) / seconds)
 
 
