@@ -230,7 +230,8 @@ def sinusoids(length, dim, device):
 # ====================================================================================== 5 the model
 
 class Echo(nn.Module):
-    """Audio encoder (frozen outside its own training), projector, and a Qwen2 decoder."""
+    """Audio encoder, projector and a Qwen2 decoder. SFT and GRPO train the projector and the
+    decoder (see set_trainable); the encoder is frozen."""
 
     def __init__(self, config, encoder, decoder, tokenizer):
         super().__init__()
@@ -300,7 +301,7 @@ class Echo(nn.Module):
         audio = []
         for s, ids in zip(samples, new):
             if AUDIO in ids:
-                audio.append(torch.cat(s.audio)[-ids.count(AUDIO):])
+                audio.append(torch.cat(s.audio)[-ids.count(AUDIO):])  # the newest features
         audio = torch.cat(audio).to(self.device) if audio else None
         return pad(new), position, pad([[1] * len(ids) for ids in new]), audio
 
@@ -441,9 +442,8 @@ def decode(model, batch, group, reasoning, temperature, max_new_tokens, insert, 
     """Write the responses of a batch, all in one KV cache.
 
     A row that closes a segment waits. Once at least as many rows wait as run, all their segments
-    are encoded together, appended and prefilled: singly, each would cost all rows a pass, and
-    waiting for the last would leave most rows idle. Rows that wait or ended feed nothing: their
-    columns are masked.
+    are encoded together, appended and prefilled: one at a time, each would cost the batch a pass,
+    and waiting for the last row would idle most. Idle rows get masked padding.
     """
     cache = Cache(config=model.decoder.config)
     cache.dtype = torch.bfloat16 if model.bf16 else torch.float32
@@ -643,8 +643,8 @@ def response_weights(samples, n_responses):
 def grpo_update(training, policy, reference, responses, advantages, settings, lr):
     """`settings.mini_batches` updates on the responses of one step. advantages: (responses,).
 
-    Log-probs before the update are those of sampling; in bf16 an uncached pass like the one that
-    trains computes them again, since cached decoding rounds otherwise. Returns means.
+    Old log-probs come from sampling; in bf16 they are computed again without cache, since cached
+    decoding rounds otherwise than the pass that trains. Returns means.
     """
     policy.train()  # nothing drops out; gradient checkpointing works in this mode alone
     samples, budget = [r.sample for r in responses], settings.tokens_per_batch
