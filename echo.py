@@ -772,11 +772,11 @@ def set_precision(model, dtype="auto"):
     Weights that are trained stay fp32 (an update of lr 1e-6 would vanish in bf16), frozen matrices
     are kept in bf16, which is what autocast rounds them to; norms and rotary angles stay fp32.
     """
-    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported  # AMX or AVX512-BF16
+    hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     if model.device.type == "cuda":
-        supported = torch.cuda.is_bf16_supported
+        hardware = torch.cuda.is_bf16_supported()
     pretrained = model.config.decoder != "tiny"
-    model.bf16 = dtype == "bf16" or dtype == "auto" and pretrained and supported()
+    model.bf16 = dtype == "bf16" or dtype == "auto" and pretrained and hardware
     table = model.decoder.get_input_embeddings().weight  # a policy trains a tiny decoder's in fp32,
     for module in model.decoder.modules() if model.bf16 else ():  # so its reference keeps that
         frozen = isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.requires_grad
