@@ -944,6 +944,8 @@ def read_rows(path, needs=()):
     except json.JSONDecodeError as error:
         where = f"row {number}" if number else f"line {error.lineno}"
         raise EchoError(f"{path}, {where}: not JSON ({error.msg})") from None
+    except (RecursionError, ValueError) as error:
+        raise EchoError(f"{path}: no rows of data ({type(error).__name__})") from None
     if not rows:
         raise EchoError(f"{path}: no rows")
     for number, row in enumerate(rows, 1):

@@ -205,6 +205,8 @@ def open_part(settings, questions):
     the settings of that run."""
     if not settings.output:
         return None, []
+    if Path(settings.output).is_dir():
+        raise EchoError(f"--output {settings.output}: a folder; give the name of a file in it")
     part = Path(settings.output + ".part")
     run = json.loads(json.dumps(dataclasses.asdict(settings)))
     for free in ("json", "html", "device"):
