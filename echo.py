@@ -246,9 +246,9 @@ class Echo(nn.Module):
     def device(self):
         return self.projector.weight.device
 
-    def autocast(self):
-        """bf16 arithmetic where set_precision chose it; trained weights stay fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+    def autocast(self, wanted=True):
+        """bf16 arithmetic where set_precision chose it (trained weights stay fp32), if wanted."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and wanted)
 
     # ---------------------------------------------------------------- text and audio -> Sample
 
@@ -259,7 +259,7 @@ class Echo(nn.Module):
     def hear(self, waves, first_listen=False):
         """Waveforms (N_i,) -> features (n_i, encoder dim) in fp32; 32 at once, to bound memory."""
         features, waves = [], [w.to(self.device) for w in waves]
-        with torch.autocast(self.device.type, enabled=False):
+        with self.autocast(False):
             for at in range(0, len(waves), 32):
                 features += self.encoder(waves[at:at + 32], first_listen)
         return features
@@ -314,8 +314,8 @@ class Echo(nn.Module):
 
     def hidden(self, ids, position, mask, audio, cache=None):
         """(B, T, D) last hidden states; `mask` (B, cached + T) marks the real tokens."""
-        with torch.autocast(self.device.type, enabled=False):  # bf16 would lose what the projector
-            x = self.embed(ids, audio)                         # leaves of large terms
+        with self.autocast(False):  # bf16 would lose what the projector leaves of large terms
+            x = self.embed(ids, audio)
         with self.autocast():
             return self.decoder.model(
                 inputs_embeds=x, attention_mask=mask, position_ids=position,
@@ -325,7 +325,7 @@ class Echo(nn.Module):
         """(n, D) -> (n, V). exact: in fp32, since in bf16 logits of 16 to 32 are 0.125 apart, which
         is good enough to sample from, and fast, but not for a ratio of probabilities."""
         head = self.decoder.lm_head.weight
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and not exact):
+        with self.autocast(not exact):
             return F.linear(hidden.float(), head.float() if exact else head).float()
 
     def forward(self, samples, temperature=1.0):
@@ -1158,6 +1158,11 @@ class Training:
             save(model, self.folder / "model")
             shutil.rmtree(self.folder / "saves", ignore_errors=True)
         barrier()
+
+    def steps(self, n, desc):
+        """The steps that are still to do, behind a progress bar."""
+        return tqdm(range(self.step, n), desc=desc, initial=self.step, total=n,
+                    disable=self.rank > 0)
 
     def log(self, show=(), **metrics):
         """A JSON line with everything, and the metrics in `show` as a line for people; rank 0."""

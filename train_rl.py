@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from echo import (DTYPES, INSERTS, REASONING, REWARDS, EchoError, Training, already_trained, ask,
                   follow_decoder, group_advantages, grpo_update, is_right, linear_schedule, load,
@@ -84,8 +83,7 @@ def main_loop(settings, policy):
         if test:
             show = ("eval_accuracy", "eval_segments", "eval_truncated")
             training.log(show, **evaluate(training, policy, test, **decoding(settings)))
-    for step in tqdm(range(training.step, settings.steps), desc="grpo", initial=training.step,
-                     total=settings.steps, disable=training.rank > 0):
+    for step in training.steps(settings.steps, "grpo"):
         if step % settings.eval_every == 0:
             check()
         grpo_step(training, policy, reference, rows, settings)

@@ -86,7 +86,7 @@ def sft(training, model, settings):
     """The paper's stage 1: chains that point at segments, as text. No audio follows a tag here."""
     rows = read_questions(settings.data, settings.audio_root, needs=("answer", "cot"))
     clips = Clips(model)
-    for step in steps(training, settings.sft_steps, "sft"):
+    for step in training.steps(settings.sft_steps, "sft"):
         samples = []
         for i in training.batch(len(rows), settings.sft_batch, settings.seed):
             q = rows[i]
@@ -150,12 +150,6 @@ class Clips:
 def begins_a_place(model, ids, t):
     before, piece = (model.piece(i) if i >= 0 else "" for i in ids[t - 1:t + 1])
     return before.endswith(">") and piece.strip()[:1].isdigit()
-
-
-def steps(training, n, desc):
-    """The steps that a training has still to do, behind a progress bar."""
-    return tqdm(range(training.step, n), desc=desc, initial=training.step, total=n,
-                disable=training.rank > 0)
 
 
 # ==================================================================================================
@@ -297,7 +291,7 @@ def train_encoder(training, detector, clips, settings):
     for path, clip in tqdm(clips[:settings.encoder_clips], desc="reading clips",
                            disable=training.rank > 0):
         heard.append((load_audio(path, config.sample_rate), clip["A4_events"]))
-    for step in steps(training, settings.encoder_steps, "encoder"):
+    for step in training.steps(settings.encoder_steps, "encoder"):
         waves, crops, first_labels, crop_labels = [], [], [], []
         for k in range(16)[training.rank::training.world]:
             rng = np.random.default_rng([settings.seed, step, k])
@@ -367,7 +361,7 @@ def align(training, model, clip_rows, settings):
     """Captions until places are known, then instructions, with a learning rate that goes to 0."""
     clips, captions, instructions = Clips(model), settings.caption_steps, settings.instruct_steps
     kinds = sorted({e["kind"] for _, clip in clip_rows for e in clip.get("A4_events", ())})
-    for step in steps(training, captions + instructions, "align"):
+    for step in training.steps(captions + instructions, "align"):
         samples = []
         share = range(settings.align_batch)[training.rank::training.world]
         for i, k in zip(training.batch(len(clip_rows), settings.align_batch, settings.seed), share):
