@@ -21,6 +21,7 @@ teaches to gain from what they bring. Read from the top:
     9 pretrained parts, save and load   10 audio files and rows of data   11 flags, runs, processes
 """
 import argparse
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -232,6 +233,7 @@ def sinusoids(length, dim, device):
 class Echo(nn.Module):
     """Audio encoder, projector and a Qwen2 decoder. SFT and GRPO train the projector and the
     decoder (see set_trainable); the encoder is frozen."""
+    LOGITS_AT_ONCE = 2 ** 24  # in the log-probs of trained tokens: 64 MB
 
     def __init__(self, config, encoder, decoder, tokenizer):
         super().__init__()
@@ -246,9 +248,18 @@ class Echo(nn.Module):
     def device(self):
         return self.projector.weight.device
 
-    def autocast(self, wanted=True):
-        """bf16 arithmetic where set_precision chose it (trained weights stay fp32), if wanted."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and wanted)
+    def autocast(self):
+        """bf16 arithmetic where set_precision chose it; trained weights stay fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    @contextlib.contextmanager
+    def exact(self):
+        """fp32 all the same: bf16 would lose what encoder and projector leave of large terms."""
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        with torch.autocast(self.device.type, enabled=False):
+            yield
+        torch.set_float32_matmul_precision(precision)
 
     # ---------------------------------------------------------------- text and audio -> Sample
 
@@ -259,7 +270,7 @@ class Echo(nn.Module):
     def hear(self, waves, first_listen=False):
         """Waveforms (N_i,) -> features (n_i, encoder dim) in fp32; 32 at once, to bound memory."""
         features, waves = [], [w.to(self.device) for w in waves]
-        with self.autocast(False):
+        with self.exact():
             for at in range(0, len(waves), 32):
                 features += self.encoder(waves[at:at + 32], first_listen)
         return features
@@ -314,25 +325,19 @@ class Echo(nn.Module):
 
     def hidden(self, ids, position, mask, audio, cache=None):
         """(B, T, D) last hidden states; `mask` (B, cached + T) marks the real tokens."""
-        with self.autocast(False):  # bf16 would lose what the projector leaves of large terms
+        with self.exact():
             x = self.embed(ids, audio)
         with self.autocast():
             return self.decoder.model(
                 inputs_embeds=x, attention_mask=mask, position_ids=position,
                 past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
-    def logits(self, hidden, exact=True):
-        """(n, D) -> (n, V). exact: in fp32, since in bf16 logits of 16 to 32 are 0.125 apart, which
-        is good enough to sample from, and fast, but not for a ratio of probabilities."""
-        head = self.decoder.lm_head.weight
-        with self.autocast(not exact):
-            return F.linear(hidden.float(), head.float() if exact else head).float()
-
     def forward(self, samples, temperature=1.0):
         """Log-probs of every trained token, flat in the order of the samples: (n,).
 
-        The head sees the positions before trained tokens alone, 512 at a time, and keeps nothing:
-        the logits of a whole batch would be larger than a pretrained decoder.
+        The head sees the positions before trained tokens alone, a few at a time, and keeps nothing:
+        the logits of a whole batch would be larger than a pretrained decoder. They are fp32: in
+        bf16, logits of 16 to 32 are 0.125 apart, too far for a ratio of probabilities.
         """
         ids, position, mask, audio = self.tensors(samples)
         hidden = self.hidden(ids, position, mask, audio)
@@ -341,14 +346,14 @@ class Echo(nn.Module):
             left = ids.shape[1] - len(s.ids)
             at += [(row, left + t) for t, trained in enumerate(s.trained) if trained]
         row, t = torch.tensor(at, device=self.device).T
-        before, token = hidden[row, t - 1] / temperature, ids[row, t]     # t - 1 predicts t
+        before = hidden[row, t - 1].float() / temperature                 # t - 1 predicts t
+        head, token = self.decoder.lm_head.weight.float(), ids[row, t]
 
-        def head(before, token):
-            return -F.cross_entropy(self.logits(before), token, reduction="none")
-        parts = zip(before.split(512), token.split(512))
-        if len(token) <= 512:
-            return head(before, token)
-        return torch.cat([checkpoint(head, b, k, use_reentrant=False) for b, k in parts])
+        def log_probs(before, token):
+            return -F.cross_entropy(F.linear(before, head), token, reduction="none")
+        size = max(1, self.LOGITS_AT_ONCE // len(head))
+        return torch.cat([checkpoint(log_probs, *part, use_reentrant=False)
+                          for part in zip(before.split(size), token.split(size))])
 
     @torch.no_grad()
     def log_probs(self, samples, temperature=1.0, tokens_per_batch=8192):
@@ -480,7 +485,8 @@ def decode(model, batch, group, reasoning, temperature, max_new_tokens, insert, 
 def sample_tokens(model, hidden, rows, temperature):
     """The next token of each row and its log-prob: two lists. hidden: (rows, D). Sampled by the
     inverse of the cumulated probabilities: one draw, where torch.multinomial takes one an id."""
-    logp = model.logits(hidden / (temperature or 1.0), exact=False).log_softmax(-1)  # (rows, V)
+    logits = model.decoder.lm_head(hidden / (temperature or 1.0))                    # (rows, V)
+    logp = logits.float().log_softmax(-1)
     if temperature:
         total = logp.exp().cumsum(-1)
         draw = torch.cat([torch.rand(1, 1, generator=row.draws) for row in rows]).to(total)
@@ -771,12 +777,14 @@ def set_precision(model, dtype="auto"):
 
     Weights that are trained stay fp32 (an update of lr 1e-6 would vanish in bf16), frozen matrices
     are kept in bf16, which is what autocast rounds them to; norms and rotary angles stay fp32.
+    What stays an fp32 product, the head's, rounds its factors (to bf16, TF32 on CUDA), not its sum.
     """
     hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     if model.device.type == "cuda":
         hardware = torch.cuda.is_bf16_supported()
     pretrained = model.config.decoder != "tiny"
     model.bf16 = dtype == "bf16" or dtype == "auto" and pretrained and hardware
+    torch.set_float32_matmul_precision("medium" if model.bf16 else "highest")
     table = model.decoder.get_input_embeddings().weight  # a policy trains a tiny decoder's in fp32,
     for module in model.decoder.modules() if model.bf16 else ():  # so its reference keeps that
         frozen = isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.requires_grad

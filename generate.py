@@ -29,7 +29,7 @@ from echo import (AUDIO, DTYPES, INSERTS, REASONING, REASONS, EchoError, Questio
                   Segment, ask, extract_answer, is_right, load, load_audio, main, parse_settings,
                   pick_device, read_questions, require, same_answer,
                   set_precision, set_trainable, split_segments, write_atomically)
-from make_data import wav_bytes
+from make_data import json_lines, wav_bytes
 
 
 @dataclass
@@ -162,7 +162,7 @@ def answer_clip(model, settings):
 # ---------------------------------------------------------------------------------- a benchmark
 
 def run_benchmark(model, settings):
-    """Answer every row of a data file; returns the exit code, 1 if a row's audio was unusable.
+    """Answer every row of a data file; returns the exit code, 1 if a row could not be answered.
 
     Each row is written back with all its fields, plus the answer's text alone as answer_prediction
     (read by MMAR's evaluator) and as model_output (by MMAU's), and the trace. What is done so far
@@ -191,13 +191,9 @@ def run_benchmark(model, settings):
     print(json.dumps(summary) if settings.json else readable(summary))
     broken = [str(r.get("id")) for r in done if "error" in r]
     if broken:
-        print(f"{len(broken)} of {len(done)} rows have no usable audio: {', '.join(broken[:5])}"
+        print(f"{len(broken)} of {len(done)} rows can't be answered: {', '.join(broken[:5])}"
               + " ..." * (len(broken) > 5), file=sys.stderr)
     return 1 if broken else 0
-
-
-def json_lines(rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def open_part(settings, questions):
@@ -226,27 +222,27 @@ def open_part(settings, questions):
 
 
 def answer_batch(model, questions, settings):
-    """The answered rows of some questions; one whose audio can't be read gets an empty prediction
-    and its error."""
-    rows, usable, waves = [], [], []
-    for q in questions:
-        row = {**q.row, "answer_prediction": "", "model_output": ""}
-        rows.append(row)
-        try:
-            waves.append(load_audio(q.path, model.config.sample_rate))
-            usable.append((q, row))
-        except EchoError as error:
-            tqdm.write(f"row {q.row.get('id')}: {error}")
-            row |= {"response": "", "segments": [], "ended": None, "seconds": 0.0,
-                    "error": str(error)}
+    """The answered rows of some questions. One that can't be answered, its audio broken or its text
+    too long, is found by halving the batch, and gets an empty prediction and the error."""
     began = time.time()
-    responses = answer(model, [q for q, _ in usable], waves, settings)
-    seconds = round((time.time() - began) / max(1, len(usable)), 4)
-    for (_, row), response in zip(usable, responses):
+    try:
+        waves = [load_audio(q.path, model.config.sample_rate) for q in questions]
+        responses = answer(model, questions, waves, settings)
+    except EchoError as error:
+        half = len(questions) // 2
+        if half:
+            return (answer_batch(model, questions[:half], settings)
+                    + answer_batch(model, questions[half:], settings))
+        tqdm.write(f"row {questions[0].row.get('id')}: {error}")
+        return [{**questions[0].row, "answer_prediction": "", "model_output": "", "response": "",
+                 "segments": [], "ended": None, "seconds": 0.0, "error": str(error)}]
+    seconds, rows = round((time.time() - began) / len(questions), 4), []
+    for q, response in zip(questions, responses):
         said = trace(response)
         text = said.pop("answer") or ""
-        row |= {"answer_prediction": text, "model_output": text, **said, "seconds": seconds,
-                "audio_tokens": response.sample.ids.count(AUDIO), "length": len(response.logprobs)}
+        rows.append({**q.row, "answer_prediction": text, "model_output": text, **said,
+                     "seconds": seconds, "audio_tokens": response.sample.ids.count(AUDIO),
+                     "length": len(response.logprobs)})
     return rows
 
 

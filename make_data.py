@@ -399,8 +399,8 @@ def without_chain(row):
     return {k: v for k, v in row.items() if k != "cot"}
 
 
-def write_jsonl(path, rows):
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def json_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def print_table(seen, n_rows, sets):
@@ -433,7 +433,7 @@ def run():
     sets, seen = sort_rows(rows)
     test = [{**without_chain(row), "category": category} for row, _, _, category in test_rows]
     for name, items in {"clips": clips, **sets, "test": test}.items():
-        write_jsonl(Path(settings.out) / f"{name}.jsonl", items)
+        write_atomically(Path(settings.out) / f"{name}.jsonl", json_lines(items))
     print_table(seen, len(rows), sets)
     print(f"test: {len(test)} questions on {settings.test_clips} clips of their own\n")
     print("One clip and its row:")

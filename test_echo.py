@@ -193,9 +193,10 @@ def dialogue(model, seed=0, seconds=3.0):
 def test_log_probs_in_a_batch_and_in_chunks_equal_one_by_one(model):
     parts = copy.deepcopy(model)
     whole = echo.prepare(copy.deepcopy(model), settings(checkpointing=True))
+    whole.LOGITS_AT_ONCE = 100 * model.decoder.config.vocab_size
     samples = [dialogue(model, i, 2.0 + i / 8) for i in range(24)]
     logp, alone = whole(samples), torch.cat([parts([s]) for s in samples])
-    assert len(logp) == sum(sum(s.trained) for s in samples) > 512  # the length of a chunk
+    assert len(logp) == sum(sum(s.trained) for s in samples)
     assert torch.allclose(logp, alone, atol=1e-4)
     logp.mean().backward()
     alone.mean().backward()
@@ -298,7 +299,7 @@ def write(monkeypatch, model, texts):
     ids = [[*model.ids(text), model.tokenizer.eos_token_id] for text in texts]
 
     def sample_tokens(model, hidden, rows, temperature):
-        logp = model.logits(hidden / (temperature or 1.0)).log_softmax(-1)
+        logp = model.decoder.lm_head(hidden / (temperature or 1.0)).float().log_softmax(-1)
         tokens = [ids[row.draws.initial_seed()][len(row.logprobs)] for row in rows]
         return tokens, [logp[k, token].item() for k, token in enumerate(tokens)]
     monkeypatch.setattr(echo, "sample_tokens", sample_tokens)
@@ -472,7 +473,7 @@ def test_micro_batches_cover_everything_within_budget():
 
 
 def settings(**more):
-    return train_rl.Settings(**{"mini_batches": 1, "dtype": "fp32", **more})
+    return train_rl.Settings(**{"mini_batches": 1, "dtype": "fp32", "tokens_per_batch": 16_384, **more})
 
 
 class Watched(echo.Training):
@@ -599,9 +600,11 @@ def test_bf16(qwen, monkeypatch, tmp_path, tied, train):
             assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
         assert model.decoder.model.rotary_emb.inv_freq.dtype == torch.float32
         assert (model.decoder.lm_head.weight is model.decoder.model.embed_tokens.weight) == tied
-    hidden = 8 * torch.randn(4, 56)
-    exact = F.linear(hidden, policy.decoder.lm_head.weight.float())
-    assert torch.equal(policy.logits(hidden), exact) and exact.dtype == torch.float32
+    with monkeypatch.context() as patch:  # logits that bf16 would round by up to 0.06
+        hidden = (20 * torch.randn(1, 2, 56)).bfloat16().float()
+        patch.setattr(policy, "hidden", lambda *a: hidden)
+        want = F.linear(hidden[0, :1], policy.decoder.lm_head.weight.float()).log_softmax(-1)
+        assert (policy([Sample([4, 5], [False, True], [0, 1])]) - want[0, 5]).abs() < 1e-3
     prompts = asked(policy, [wave], "How many pulses? " * 420)
     passes = count_passes(monkeypatch, policy)
     write(monkeypatch, policy, ["a <seg>0, 1</seg> two pulses" + " <hum>" * i for i in range(4)])
@@ -904,9 +907,6 @@ def test_every_metric_is_defined(trained):
     runs = [log_of(trained / run) for run in ("encoder", "base", "sft", "rl")]
     logged = {generate.plain_name(k) for log in runs for entry in log for k in entry} - {"step"}
     assert not logged - generate.METRICS.keys() and len(logged) > 30
-    readme = (HERE / "README.md").read_text().replace("`", "")
-    table = dict(re.findall(r"^\| (\w+) \| (.*) \|$", readme, re.M))
-    assert {name: table.get(name) for name in generate.METRICS} == generate.METRICS
 
 
 def test_generate_on_a_foreign_clip(data, trained, tmp_path, monkeypatch):
@@ -930,7 +930,7 @@ def test_benchmark_files(data, trained, tmp_path, monkeypatch):
              "answer": r["answer"], "audio_path": r["audio_path"]}
             for i, r in enumerate(echo.read_rows(data / "test.jsonl")[:5])]
     mmar = [row | {"modality": "x", "sub-category": "y"} for row in ours]
-    mmar[2]["audio_path"] = "./audio/gone.wav"
+    mmar[2]["audio_path"], mmar[3]["question"] = "./audio/gone.wav", "q " * 60_000
     (tmp_path / "mmar.json").write_text(json.dumps(mmar))
     mmau = json.dumps(ours).replace("audio_path", "audio_id")
     (tmp_path / "mmau.json").write_text(mmau)
@@ -939,13 +939,14 @@ def test_benchmark_files(data, trained, tmp_path, monkeypatch):
         return ["generate", "--benchmark", tmp_path / f"{name}.json", "--audio-root", data,
                 "--output", tmp_path / out, "--model", trained / "rl", "--batch", 2]
     code, out, err = run(*flags("mmar", "out.json"))
-    assert code == 1 and "1 of 5 rows" in err and "gone.wav" in out
+    assert code == 1 and "2 of 5 rows" in err and "gone.wav" in out and "shorten the" in out
     done = json.loads((tmp_path / "out.json").read_text())
     assert [{k: v for k, v in d.items() if k in m} for d, m in zip(done, mmar)] == mmar
     for row in done:
         said = echo.extract_answer(row["response"]) or ""
         assert row["answer_prediction"] == row["model_output"] == said
-    assert "error" in done[2] and not (tmp_path / "out.json.part").exists()
+    assert ["error" in row for row in done] == [False, False, True, True, False]
+    assert not (tmp_path / "out.json.part").exists()
     good(*flags("mmau", "whole.json"))
     real, part = generate.answer_batch, tmp_path / "again.json.part"
 
@@ -987,6 +988,7 @@ def test_interval_of_a_share():
     ("train_rl", ["--questions", "3"], "multiple of --mini-batches x processes"),
     ("train_sft", ["--stage", "third"], "--stage third: must be"),
     ("train_sft", ["--dtype", "fp16"], "--dtype fp16: must be"),
+    ("train_sft", ["--first-listen-rate", "3"], "--first-listen-rate 3.0: must divide 100"),
     ("train_sft", ["--train", "all", "--stage", "align"], "--train all: must be"),
     ("train_sft", ["--decoder", "no/qwen", "--out", "new"], "neither a folder here nor reachable"),
     ("train_sft", ["--device", "cuda:9"], "--device cuda:9"),
@@ -1290,12 +1292,12 @@ def memory(policy, reference, samples, cache_bytes):
     kept, weights = [], list(policy.parameters())
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         policy(samples)
-    trained, logits = size(p for p in weights if p.requires_grad), policy.decoder.config.vocab_size
+    trained = size(p for p in weights if p.requires_grad)
     parts = {"trained weights": trained, "frozen weights": size(weights) - trained,
              "gradients": trained, "AdamW": 2 * trained, "reference": size(reference.parameters()),
              f"kept for the backward pass of {sum(len(s.ids) for s in samples)} tokens":
                  size(kept + weights) - size(weights),
-             "5 arrays of 512 logits": 5 * 4 * 512 * logits / 1e9, "KV cache": cache_bytes / 1e9,
+             "3 arrays of logits": 12 * policy.LOGITS_AT_ONCE / 1e9, "KV cache": cache_bytes / 1e9,
              "peak of this process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
     print("GB: " + ", ".join(f"{k} {v:.3f}" for k, v in parts.items()))
 

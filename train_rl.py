@@ -50,7 +50,7 @@ class Settings:
     seed: int = 0                    # of the order of questions and of every draw
     device: str = "auto"             # cuda if there is one, else cpu
     dtype: str = "auto"              # fp32 or bf16; auto: bf16 for a pretrained decoder
-    tokens_per_batch: int = 16384    # a micro-batch; gradients are accumulated over them
+    tokens_per_batch: int = 0        # a micro-batch; gradients are accumulated over them
     checkpointing: bool = False      # gradient checkpointing: less memory, one more forward pass
     eval_every: int = 40             # steps between evaluations, beside the first and the last
     eval_questions: int = 150        # greedy, the first so many of --test
@@ -58,13 +58,14 @@ class Settings:
     retrain: bool = False            # train again what is already trained
 
 
-BY_DECODER = {         # tiny, pretrained
-    "steps":          (120, 15),     # the paper: one epoch of 21.9k rows
-    "questions":      (8, 8),        # the paper: 64
-    "group":          (8, 6),        # the paper: 8
-    "lr":             (2e-4, 5e-6),  # the paper: 1e-6, for 7 billion parameters
-    "projector_rate": (1.0, 5.0),
-    "warmup":         (5, 1),
+BY_DECODER = {          # tiny, pretrained
+    "steps":            (120, 12),      # the paper: one epoch of 21.9k rows
+    "questions":        (8, 8),         # the paper: 64
+    "group":            (8, 6),         # the paper: 8
+    "lr":               (2e-4, 5e-6),   # the paper: 1e-6, for 7 billion parameters
+    "projector_rate":   (1.0, 0.2),
+    "warmup":           (5, 1),
+    "tokens_per_batch": (16384, 3000),
 }
 
 

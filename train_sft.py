@@ -59,7 +59,7 @@ class Settings:
     sft_lr: float = 0.0
     projector_rate: float = 0.0      # the projector's learning rate, as a factor
     warmup: float = 0.05             # share of a stage's steps, as in the paper
-    tokens_per_batch: int = 16384    # a micro-batch; gradients are accumulated over them
+    tokens_per_batch: int = 0        # a micro-batch; gradients are accumulated over them
     checkpointing: bool = False      # gradient checkpointing: less memory, one more forward pass
     dtype: str = "auto"              # fp32 or bf16; auto: bf16 for a pretrained decoder
     seed: int = 0                    # of the weights and of every draw
@@ -70,13 +70,14 @@ class Settings:
 
 
 BY_DECODER = {         # tiny, pretrained
-    "caption_steps":    (200, 90),
-    "instruct_steps":   (800, 110),
+    "caption_steps":    (200, 40),
+    "instruct_steps":   (800, 130),
     "align_lr":         (1e-3, 5e-5),
-    "sft_steps":        (600, 50),     # the paper: one epoch of 75.9k rows
+    "sft_steps":        (600, 40),     # the paper: one epoch of 75.9k rows
     "sft_batch":        (16, 8),
     "sft_lr":           (7e-4, 2e-5),  # the paper: 5e-6, for 7 billion parameters
-    "projector_rate":   (1.0, 5.0),
+    "projector_rate":   (1.0, 0.2),
+    "tokens_per_batch": (16384, 3000),
 }
 
 
@@ -480,8 +481,10 @@ def stage_settings(stage, settings):
 def run():
     settings = parse_settings(Settings, __doc__)
     require(settings, stage=("all", *STAGES), dtype=DTYPES)
-    if settings.first_listen_rate > 25:
-        raise EchoError(f"--first-listen-rate {settings.first_listen_rate}: at most 25, 0: all")
+    frames = 100 / (settings.first_listen_rate or 25)  # of mel; a token is an average of them
+    if frames < 4 or abs(frames - round(frames)) > 1e-6:
+        raise EchoError(f"--first-listen-rate {settings.first_listen_rate}: must divide 100 and be "
+                        "at most 25; 0: all")
     device = pick_device(settings.device)
     follow_decoder(settings, BY_DECODER, settings.decoder)
     for stage in STAGES if settings.stage == "all" else (settings.stage,):
