@@ -84,16 +84,16 @@ def main_loop(settings, policy):
         if test:
             show = ("eval_accuracy", "eval_segments", "eval_truncated")
             training.log(show, **evaluate(training, policy, test, **decoding(settings)))
+        if training.rank == 0:
+            report_page(settings.out)
     for step in training.steps(settings.steps, "grpo"):
         if step % settings.eval_every == 0:
             check()
         grpo_step(training, policy, reference, rows, settings)
         if training.step % settings.save_every == 0:
             training.save()
-            report(settings)
     check()
     training.finish(policy)
-    report(settings)
 
 
 def grpo_step(training, policy, reference, rows, settings):
@@ -134,11 +134,6 @@ def grpo_step(training, policy, reference, rows, settings):
 
 def decoding(settings):
     return {k: getattr(settings, k) for k in ("reasoning", "insert", "max_new_tokens", "max_rows")}
-
-
-def report(settings):
-    if processes()[0] == 0:
-        report_page(settings.out)
 
 
 def run():
