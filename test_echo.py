@@ -593,6 +593,7 @@ def test_pretrained_decoder_keeps_its_vocabulary_and_writes_tags(qwen, monkeypat
 @pytest.mark.parametrize("tied,train", [(True, "decoder"), (False, "last-1"), (True, "projector")])
 def test_bf16(qwen, monkeypatch, tmp_path, tied, train):
     """Frozen matrices are bf16, the rest fp32; before an update the KL is 0 and the ratio 1."""
+    exact = pretrained(qwen[tied]).hear([noise(3.0)])[0]
     reference = echo.prepare(pretrained(qwen[tied]), settings(train="none", dtype="bf16"))
     policy, wave = pretrained(qwen[tied], train, "bf16"), noise(3.0)
     for model in (policy, reference):
@@ -600,6 +601,8 @@ def test_bf16(qwen, monkeypatch, tmp_path, tied, train):
             assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
         assert model.decoder.model.rotary_emb.inv_freq.dtype == torch.float32
         assert (model.decoder.lm_head.weight is model.decoder.model.embed_tokens.weight) == tied
+    with policy.autocast():
+        assert torch.equal(policy.hear([wave])[0], exact)
     with monkeypatch.context() as patch:  # logits that bf16 would round by up to 0.06
         hidden = (20 * torch.randn(1, 2, 56)).bfloat16().float()
         patch.setattr(policy, "hidden", lambda *a: hidden)
