@@ -257,9 +257,11 @@ class Echo(nn.Module):
         """fp32 all the same: bf16 would lose what encoder and projector leave of large terms."""
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
-        with torch.autocast(self.device.type, enabled=False):
-            yield
-        torch.set_float32_matmul_precision(precision)
+        try:
+            with torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
 
     # ---------------------------------------------------------------- text and audio -> Sample
 

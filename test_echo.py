@@ -473,7 +473,8 @@ def test_micro_batches_cover_everything_within_budget():
 
 
 def settings(**more):
-    return train_rl.Settings(**{"mini_batches": 1, "dtype": "fp32", "tokens_per_batch": 16_384, **more})
+    defaults = {"mini_batches": 1, "dtype": "fp32", "tokens_per_batch": 16_384}
+    return train_rl.Settings(**defaults | more)
 
 
 class Watched(echo.Training):

@@ -482,7 +482,7 @@ def run():
     settings = parse_settings(Settings, __doc__)
     require(settings, stage=("all", *STAGES), dtype=DTYPES)
     frames = 100 / (settings.first_listen_rate or 25)  # of mel; a token is an average of them
-    if frames < 4 or abs(frames - round(frames)) > 1e-6:
+    if frames < 4 or settings.encoder == "small" and abs(frames - round(frames)) > 1e-6:
         raise EchoError(f"--first-listen-rate {settings.first_listen_rate}: must divide 100 and be "
                         "at most 25; 0: all")
     device = pick_device(settings.device)
