@@ -369,10 +369,10 @@ class Echo(nn.Module):
 
 def micro_batches(samples, budget):
     """Indices of the samples, in order, in batches of at most `budget` padded tokens or one row."""
-    batches, longest = [[]], 0
+    batches, longest = [], 0
     for i, sample in enumerate(samples):
         longest = max(longest, len(sample.ids))
-        if batches[-1] and longest * (len(batches[-1]) + 1) > budget:
+        if not batches or longest * (len(batches[-1]) + 1) > budget:
             batches.append([])
             longest = len(sample.ids)
         batches[-1].append(i)
@@ -651,13 +651,15 @@ def response_weights(samples, n_responses):
 def grpo_update(training, policy, reference, responses, advantages, settings, lr):
     """`settings.mini_batches` updates on the responses of one step. advantages: (responses,).
 
-    Old log-probs come from sampling; in bf16 they are computed again without cache, since cached
-    decoding rounds otherwise than the pass that trains. Returns means.
+    Old log-probs come from sampling. In bf16 cached decoding rounds otherwise than the pass that
+    trains: they are computed again, or taken from that very pass if it is the only one. Returns
+    means, 0 where there is no response.
     """
     policy.train()  # nothing drops out; gradient checkpointing works in this mode alone
     samples, budget = [r.sample for r in responses], settings.tokens_per_batch
     sampled = [torch.tensor(r.logprobs, device=policy.device) for r in responses]
-    old = policy.log_probs(samples, settings.temperature, budget) if policy.bf16 else sampled
+    recompute = policy.bf16 and settings.mini_batches > 1
+    old = policy.log_probs(samples, settings.temperature, budget) if recompute else sampled
     ref = reference.log_probs(samples, settings.temperature, budget)
     names, seen = ("loss", "kl", "clip_share", "entropy", "logp_gap"), torch.zeros(5)
     for mini_batch in torch.arange(len(responses)).tensor_split(settings.mini_batches):
@@ -668,6 +670,8 @@ def grpo_update(training, policy, reference, responses, advantages, settings, lr
             old_logp, ref_logp, sampled_logp = (torch.cat([x[i] for i in rows])
                                                 for x in (old, ref, sampled))
             logp = policy(batch, settings.temperature)
+            if policy.bf16 and not recompute:
+                old_logp = logp.detach()
             n_trained = torch.tensor([sum(s.trained) for s in batch])
             advantage = advantages[rows].repeat_interleave(n_trained).to(logp)
             weights = response_weights(batch, n_responses).to(logp)
@@ -677,7 +681,8 @@ def grpo_update(training, policy, reference, responses, advantages, settings, lr
             gap = (logp - sampled_logp).abs()
             for k, x in enumerate((loss, k3, clipped, -sampled_logp, gap)):  # in order of `names`
                 seen[k] += (weights * x.detach()).sum().cpu()
-        training.update(lr)
+        if n_responses:
+            training.update(lr)
     return dict(zip(names, (x / settings.mini_batches for x in training.sum(*seen))))
 
 
@@ -1031,12 +1036,12 @@ def parse_settings(cls, doc):
 
 
 def follow_decoder(settings, table, decoder):
-    """Fill in settings that are 0 from {name: (tiny, pretrained)}, and say so if pretrained."""
+    """Fill in settings that are 0 or "" from {name: (tiny, pretrained)}; tell, if pretrained."""
     for name, values in table.items():
         if not getattr(settings, name):
             setattr(settings, name, values[decoder != "tiny"])
     if decoder != "tiny" and processes()[0] == 0:
-        print("by the decoder: " + ", ".join(f"{k} {getattr(settings, k):g}" for k in table))
+        print("by the decoder: " + ", ".join(f"{k} {getattr(settings, k)}" for k in table))
 
 
 def require(settings, **known):

@@ -489,7 +489,7 @@ METRICS = {  # every metric of a log; eval_: on held-out clips, greedy
     "right": "share of responses with the right answer",
     "flat_groups": "share of groups whose rewards are all equal: their advantages are 0 and they teach nothing",
     "loss": "SFT: mean -log p of a trained token; GRPO: the objective, near 0 on the first update of a step, where the ratio is 1 and advantages cancel out",
-    "kl": "mean k3 estimate of KL(policy, SFT policy) per sampled token: exp(r-p)-(r-p)-1",
+    "kl": "mean k3 estimate of KL(policy, SFT policy) per sampled token of the update (--flat drop leaves responses out): exp(r-p)-(r-p)-1",
     "clip_share": "share of sampled tokens whose clipped ratio was the smaller one",
     "entropy": "of the policy at a token, in nats, by the mean of -log p over the sampled ones",
     "logp_gap": "mean absolute difference of log-probs at sampling and in the update; above 1e-4 in fp32 it is the second mini-batch",

@@ -35,13 +35,14 @@ class Settings:
     insert: str = "segment"          # what is heard; controls: random (another place) or silence
     reward: str = "paper"            # or confidence, or a function of your own in echo.REWARDS
     train: str = "decoder"           # or projector, or last-N layers
-    steps: int = 0                   # 0, here and below: by the decoder, see BY_DECODER
+    steps: int = 0                   # 0 or "", here and below: by the decoder, see BY_DECODER
     questions: int = 0               # prompts a step
     group: int = 0                   # responses to each
     lr: float = 0.0
     projector_rate: float = 0.0      # the projector's learning rate, as a factor
-    mini_batches: int = 2            # updates a step, as in the paper (64 / 32)
+    mini_batches: int = 0            # updates a step
     warmup: int = 0                  # steps; afterwards linear to a tenth
+    flat: str = ""                   # groups without an advantage, in the update: keep or drop
     clip: float = 0.2                # of the ratio, as in the paper
     kl_weight: float = 0.04          # of k3 against the SFT policy, as in the paper
     temperature: float = 1.0         # of the rollouts, as in the paper
@@ -60,11 +61,13 @@ class Settings:
 
 BY_DECODER = {          # tiny, pretrained
     "steps":            (120, 12),      # the paper: one epoch of 21.9k rows
-    "questions":        (8, 8),         # the paper: 64
+    "questions":        (8, 32),        # the paper: 64
     "group":            (8, 6),         # the paper: 8
-    "lr":               (2e-4, 5e-6),   # the paper: 1e-6, for 7 billion parameters
+    "lr":               (2e-4, 1e-5),   # the paper: 1e-6, for 7 billion parameters
     "projector_rate":   (1.0, 0.2),
-    "warmup":           (5, 1),
+    "mini_batches":     (2, 1),         # the paper: 2 (64 / 32)
+    "warmup":           (5, 4),
+    "flat":             ("keep", "drop"),  # most are flat when most answers are right already
     "tokens_per_batch": (16384, 3000),
 }
 
@@ -113,17 +116,21 @@ def grpo_step(training, policy, reference, rows, settings):
     answers = [q.answer for q in questions for _ in range(group)]
     parts = [REWARDS[settings.reward](r, answer) for r, answer in zip(responses, answers)]
     rewards = torch.tensor([float(sum(part.values())) for part in parts]).view(-1, group)
-    advantages = group_advantages(rewards).flatten()
+    advantages, flat = group_advantages(rewards).flatten(), rewards.std(1) < 1e-6
+    updated = torch.arange(len(responses))
+    if settings.flat == "drop":
+        updated = updated[~flat.repeat_interleave(group)]
 
     lr = settings.lr * linear_schedule(step, settings.steps, settings.warmup, final=0.1)
-    metrics = grpo_update(training, policy, reference, responses, advantages, settings, lr)
+    metrics = grpo_update(training, policy, reference, [responses[i] for i in updated],
+                          advantages[updated], settings, lr)
     training.step += 1
 
     n = len(responses)
     means = {"reward": rewards.mean().item(),
              **{name: sum(part[name] for part in parts) / n for name in parts[0]},
              "right": sum(is_right(r.text, a) for r, a in zip(responses, answers)) / n,
-             "flat_groups": (rewards.std(1) < 1e-6).float().mean().item()}
+             "flat_groups": flat.float().mean().item()}
     seconds, tokens = time.time() - began, sum(len(r.logprobs) for r in responses)
     speed = training.sum(n / seconds, tokens / seconds)
     means = training.mean(means, n) | response_metrics(responses, training.sum)
@@ -138,12 +145,13 @@ def decoding(settings):
 
 def run():
     settings = parse_settings(Settings, __doc__)
-    require(settings, reward=REWARDS, reasoning=REASONING, insert=INSERTS, dtype=DTYPES)
     if settings.temperature <= 0:
         raise EchoError(f"--temperature {settings.temperature}: must be above 0, or all responses "
                         "of a group are the same")
     policy, (_, world) = load(settings.model, pick_device(settings.device)), processes()
     follow_decoder(settings, BY_DECODER, policy.config.decoder)
+    require(settings, reward=REWARDS, reasoning=REASONING, insert=INSERTS, dtype=DTYPES,
+            flat=("keep", "drop"))
     if settings.questions % (settings.mini_batches * world) or settings.group < 2:
         raise EchoError(f"--questions {settings.questions}: must be a multiple of --mini-batches x "
                         f"processes, {settings.mini_batches * world}, and --group at least 2")
