@@ -642,12 +642,6 @@ def grpo_loss(logp, old_logp, ref_logp, advantage, clip=0.2, kl_weight=0.04):
     return -torch.minimum(free, bounded) + kl_weight * k3, k3, (bounded < free).float()
 
 
-def response_weights(samples, n_responses):
-    """(n,) weight of each trained token: mean over a response's tokens, then over responses."""
-    n_trained = torch.tensor([sum(s.trained) for s in samples])
-    return (1 / n_trained / n_responses).repeat_interleave(n_trained)
-
-
 def grpo_update(training, policy, reference, responses, advantages, settings, lr):
     """`settings.mini_batches` updates on the responses of one step. advantages: (responses,).
 
@@ -666,15 +660,15 @@ def grpo_update(training, policy, reference, responses, advantages, settings, lr
         n_responses = training.sum(len(mini_batch))[0]
         for micro in micro_batches([samples[i] for i in mini_batch], budget):
             rows = mini_batch[micro]
-            batch = [samples[i] for i in rows]
             old_logp, ref_logp, sampled_logp = (torch.cat([x[i] for i in rows])
                                                 for x in (old, ref, sampled))
-            logp = policy(batch, settings.temperature)
+            logp = policy([samples[i] for i in rows], settings.temperature)
             if policy.bf16 and not recompute:
                 old_logp = logp.detach()
-            n_trained = torch.tensor([sum(s.trained) for s in batch])
-            advantage = advantages[rows].repeat_interleave(n_trained).to(logp)
-            weights = response_weights(batch, n_responses).to(logp)
+            n_tokens = torch.tensor([len(sampled[i]) for i in rows])
+            advantage = advantages[rows].repeat_interleave(n_tokens).to(logp)
+            weights = 1 / n_tokens / n_responses  # mean over a response's tokens, then responses
+            weights = weights.repeat_interleave(n_tokens).to(logp)
             loss, k3, clipped = grpo_loss(logp, old_logp, ref_logp, advantage, settings.clip,
                                           settings.kl_weight)
             (weights * loss).sum().backward()
@@ -1035,8 +1029,12 @@ def parse_settings(cls, doc):
     return settings
 
 
+BOTH_STAGES = {"projector_rate": (1.0, 0.2), "tokens_per_batch": (16384, 3000)}
+
+
 def follow_decoder(settings, table, decoder):
     """Fill in settings that are 0 or "" from {name: (tiny, pretrained)}; tell, if pretrained."""
+    table = table | BOTH_STAGES
     for name, values in table.items():
         if not getattr(settings, name):
             setattr(settings, name, values[decoder != "tiny"])

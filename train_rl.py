@@ -55,20 +55,19 @@ class Settings:
     checkpointing: bool = False      # gradient checkpointing: less memory, one more forward pass
     eval_every: int = 40             # steps between evaluations, beside the first and the last
     eval_questions: int = 150        # greedy, the first so many of --test
-    save_every: int = 20             # steps between saves
+    save_every: int = 0              # steps between saves
     retrain: bool = False            # train again what is already trained
 
 
-BY_DECODER = {          # tiny, pretrained
+BY_DECODER = {          # tiny, pretrained; and echo.BOTH_STAGES
     "steps":            (120, 12),      # the paper: one epoch of 21.9k rows
     "questions":        (8, 32),        # the paper: 64
     "group":            (8, 6),         # the paper: 8
     "lr":               (2e-4, 1e-5),   # the paper: 1e-6, for 7 billion parameters
-    "projector_rate":   (1.0, 0.2),
     "mini_batches":     (2, 1),         # the paper: 2 (64 / 32)
     "warmup":           (5, 4),
     "flat":             ("keep", "drop"),  # most are flat when most answers are right already
-    "tokens_per_batch": (16384, 3000),
+    "save_every":       (20, 3),
 }
 
 

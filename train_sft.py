@@ -64,20 +64,20 @@ class Settings:
     dtype: str = "auto"              # fp32 or bf16; auto: bf16 for a pretrained decoder
     seed: int = 0                    # of the weights and of every draw
     device: str = "auto"             # cuda if there is one, else cpu
-    log_every: int = 25              # steps
-    save_every: int = 250            # steps
+    log_every: int = 0               # steps
+    save_every: int = 0              # steps
     retrain: bool = False            # train again what is already trained
 
 
-BY_DECODER = {         # tiny, pretrained
+BY_DECODER = {         # tiny, pretrained; and echo.BOTH_STAGES
     "caption_steps":    (200, 40),
     "instruct_steps":   (800, 130),
     "align_lr":         (1e-3, 5e-5),
-    "sft_steps":        (600, 40),     # the paper: one epoch of 75.9k rows
+    "sft_steps":        (600, 20),     # the paper: one epoch of 75.9k rows
     "sft_batch":        (16, 8),
     "sft_lr":           (7e-4, 2e-5),  # the paper: 5e-6, for 7 billion parameters
-    "projector_rate":   (1.0, 0.2),
-    "tokens_per_batch": (16384, 3000),
+    "log_every":        (25, 5),
+    "save_every":       (250, 40),
 }
 
 
