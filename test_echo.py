@@ -702,14 +702,15 @@ def test_your_own_encoder(model, monkeypatch):
 
 def test_follow_decoder(capsys):
     for module in (train_sft, train_rl):
+        table = module.BY_DECODER | echo.BOTH_STAGES
         for kind, name in enumerate(("tiny", "some/qwen")):
-            settings, first = module.Settings(), list(module.BY_DECODER)[0]
+            settings, first = module.Settings(), list(table)[0]
             setattr(settings, first, 7)  # what is given stays
             echo.follow_decoder(settings, module.BY_DECODER, name)
-            for key, values in module.BY_DECODER.items():
+            for key, values in table.items():
                 assert getattr(settings, key) == (7 if key == first else values[kind])
             said = capsys.readouterr().out
-            assert all(f"{key} " in said for key in module.BY_DECODER) if kind else said == ""
+            assert all(f"{key} " in said for key in table) if kind else said == ""
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -1006,6 +1007,7 @@ def test_interval_of_a_share():
     ("generate", ["--report", "nowhere"], "no log.jsonl"),
     ("train_rl", ["--steps", "many"], "argument --steps: invalid int value: 'many'"),
     ("train_rl", ["--reward", "nothing"], "--reward nothing: must be one of"),
+    ("train_rl", ["--flat", "skip"], "--flat skip: must be one of keep, drop"),
     ("train_rl", ["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     ("train_rl", ["--data", "a.wav"], "not UTF-8"),
     ("train_rl", ["--temperature", "0"], "--temperature 0.0: must be above 0"),
