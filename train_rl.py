@@ -7,8 +7,8 @@
 
 A step: `questions` prompts, `group` responses to each at temperature 1, rewards, advantages within
 each group, and `mini_batches` updates of the clipped objective with a k3 KL to the frozen SFT
-policy (echo.grpo_update). Left out of the textbook: a value function (GRPO has none), epochs over
-the same rollouts, and length or difficulty filters on the questions.
+policy (echo.grpo_update), in which a group without an advantage has its KL alone, or no part
+(--flat). Left out: a value function (GRPO has none), epochs over the same rollouts, length filters.
 """
 import copy
 import time
