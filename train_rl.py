@@ -60,7 +60,7 @@ class Settings:
 
 
 BY_DECODER = {          # tiny, pretrained; and echo.BOTH_STAGES
-    "steps":            (120, 16),      # the paper: one epoch of 21.9k rows
+    "steps":            (120, 12),      # the paper: one epoch of 21.9k rows
     "questions":        (8, 32),        # the paper: 64
     "group":            (8, 6),         # the paper: 8
     "lr":               (2e-4, 1e-5),   # the paper: 1e-6, for 7 billion parameters
