@@ -144,13 +144,13 @@ def decoding(settings):
 
 def run():
     settings = parse_settings(Settings, __doc__)
+    require(settings, reward=REWARDS, reasoning=REASONING, insert=INSERTS, dtype=DTYPES)
     if settings.temperature <= 0:
         raise EchoError(f"--temperature {settings.temperature}: must be above 0, or all responses "
                         "of a group are the same")
     policy, (_, world) = load(settings.model, pick_device(settings.device)), processes()
     follow_decoder(settings, BY_DECODER, policy.config.decoder)
-    require(settings, reward=REWARDS, reasoning=REASONING, insert=INSERTS, dtype=DTYPES,
-            flat=("keep", "drop"))
+    require(settings, flat=("keep", "drop"))
     if settings.questions % (settings.mini_batches * world) or settings.group < 2:
         raise EchoError(f"--questions {settings.questions}: must be a multiple of --mini-batches x "
                         f"processes, {settings.mini_batches * world}, and --group at least 2")
