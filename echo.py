@@ -721,14 +721,18 @@ class WhisperEncoder(nn.Module):
         return out
 
 
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0][:160]
+
+
 def pretrained(load, name):
     """load(name), with one line for a name that is neither a folder nor reachable."""
     try:
         return load(name)
     except (OSError, ValueError, KeyError) as error:
         if Path(name).is_dir():
-            why = str(error).splitlines()[0][:120]
-            raise EchoError(f"{name}: not a checkpoint of the kind needed here ({why})") from None
+            raise EchoError(f"{name}: not a checkpoint of the kind needed here "
+                            f"({first_line(error)})") from None
         raise EchoError(
             f"{name}: neither a folder here nor reachable; where there is a network, run: "
             f"hf download {name} --local-dir {Path(name).name}, and give that folder") from None
@@ -822,7 +826,13 @@ def write_folder(folder, fill):
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    fill(temporary)
+    try:
+        fill(temporary)
+    except Exception as error:  # torch and safetensors have their own for a full disk
+        free = shutil.disk_usage(temporary).free / 1e9
+        shutil.rmtree(temporary)
+        raise EchoError(f"{folder}: can't be written, {free:.1f} GB are free "
+                        f"({first_line(error)})") from None
     if folder.exists():
         os.replace(folder, old)
     os.replace(temporary, folder)
@@ -869,8 +879,7 @@ def load(folder, device="cpu"):
         if lost:
             raise ValueError(f"{lost[0]} does not fit")
     except Exception as error:
-        why = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise EchoError(f"{folder}: broken checkpoint, {why}") from None
+        raise EchoError(f"{folder}: broken checkpoint, {first_line(error)}") from None
     return model.to(device).eval()
 
 
@@ -1054,7 +1063,7 @@ def main(run):
     """Run a script; a user's mistake ends it with one line and exit code 2."""
     try:
         sys.exit(run())
-    except EchoError as error:
+    except (EchoError, OSError) as error:  # OSError: what can't be written, its path and why
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -1072,7 +1081,7 @@ def pick_device(name="auto"):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise EchoError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise EchoError(f"--device {name}: {first_line(error)}") from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device

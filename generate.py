@@ -295,32 +295,43 @@ def readable(summary):
 # From here on: drawing. A reader of the method can stop.
 
 COLOURS = ("#d9480f", "#1971c2", "#2f9e44", "#9c36b5", "#c2255c", "#0c8599", "#e67700", "#5f3dc4")
-STYLE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title><style>
-:root{color-scheme:light dark;--fg:#1a1a1a;--bg:#fff;--soft:#666;--line:#ddd;--card:#f6f6f4}
-@media(prefers-color-scheme:dark){:root{--fg:#e8e8e6;--bg:#161616;--soft:#a0a0a0;--line:#3a3a3a;--card:#212121}}
-body{margin:0 auto;padding:1rem;max-width:60rem;font:16px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg)}
-h1{font-size:1.3rem}h2{font-size:1.05rem;margin:1.5rem 0 .4rem}small,.soft{color:var(--soft)}a{color:inherit}
-.spectrogram{position:relative;margin:.5rem 0 0}.spectrogram img{width:100%;height:12rem;display:block;image-rendering:pixelated}
-.span{position:absolute;top:0;bottom:0;border:2px solid;border-width:0 2px;opacity:.9}.cursor{position:absolute;top:0;bottom:0;width:1px;background:#fff}
-.axis{display:flex;justify-content:space-between;font-size:.75rem;color:var(--soft)}audio{width:100%;margin:.4rem 0}
-.response{background:var(--card);padding:.8rem;border-radius:.5rem;overflow-wrap:anywhere;white-space:pre-wrap}
-.chip{font:inherit;color:#fff;border:0;border-radius:1rem;padding:.05rem .6rem;cursor:pointer}.rejected{background:none;color:var(--soft);border:1px dashed var(--soft);cursor:default}
-.right{color:#2f9e44}.wrong{color:#e03131}ul{padding-left:1.2rem}svg{width:100%;height:auto;background:var(--card);border-radius:.5rem}
-svg text{fill:var(--soft);font:11px system-ui,sans-serif}.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1rem}
-.grid p{margin:.2rem 0 0;font-size:.8rem;color:var(--soft)}details{border-bottom:1px solid var(--line);padding:.4rem 0}summary{cursor:pointer}
+STYLE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>$title</title><style>
+:root{color-scheme:light dark;--soft:light-dark(#666,#a0a0a0);--line:#8884;--card:#8881}
+body{margin:0 auto;padding:1rem;max-width:60rem;font:16px/1.5 system-ui,sans-serif}
+h1{font-size:1.3rem}h2{font-size:1.05rem;margin:1.5rem 0 .4rem}ul{padding-left:1.2rem}
+.soft,.axis,.grid p{color:var(--soft)}.axis,.grid p{font-size:.8rem;margin:.2rem 0 0}
+.spectrogram{position:relative}.spectrogram img{width:100%;height:12rem;display:block}
+.span,.cursor{position:absolute;top:0;bottom:0}.span{border:solid;border-width:0 2px}
+.span{box-sizing:border-box}.cursor{width:1px;background:#fff}.axis{display:flex;justify-content:space-between}
+audio{width:100%;margin:.4rem 0}.response,svg{background:var(--card);border-radius:.5rem}
+.response{padding:.8rem;overflow-wrap:anywhere;white-space:pre-wrap}
+.chip{font:inherit;color:#fff;border:0;border-radius:1rem;padding:.05rem .6rem;cursor:pointer}
+.rejected{color:var(--soft);border:1px dashed;cursor:default}
+.right{color:#2f9e44}.wrong{color:#e03131}
+svg{width:100%;height:auto}svg text{fill:var(--soft);font:11px system-ui,sans-serif}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1rem}
+details{border-bottom:1px solid var(--line);padding:.4rem 0}summary{cursor:pointer}
 </style>"""
 SCRIPT = """<script>
 for (const clip of document.querySelectorAll('.clip')) {
-  const audio = clip.querySelector('audio'), cursor = clip.querySelector('.cursor'); let stop = null;
-  clip.addEventListener('click', e => { const chip = e.target.closest('[data-start]'); if (!chip) return;
-    audio.currentTime = +chip.dataset.start; stop = +chip.dataset.end; audio.play(); });
-  (function tick() { if (stop !== null && audio.currentTime >= stop) { audio.pause(); stop = null; }
-    if (audio.duration) cursor.style.left = 100 * audio.currentTime / audio.duration + '%'; requestAnimationFrame(tick); })();
+  const audio = clip.querySelector('audio'), cursor = clip.querySelector('.cursor');
+  let stop = null;
+  clip.addEventListener('click', e => {
+    const chip = e.target.closest('[data-start]');
+    if (chip) { audio.currentTime = +chip.dataset.start; stop = +chip.dataset.end; audio.play(); }
+  });
+  (function tick() {
+    if (stop !== null && audio.currentTime >= stop) { audio.pause(); stop = null; }
+    if (audio.duration) cursor.style.left = 100 * audio.currentTime / audio.duration + '%';
+    requestAnimationFrame(tick);
+  })();
 }
-const pick = () => document.querySelectorAll('details[data-kind]').forEach(d => {
-  d.hidden = !['right', 'kind'].every(k => { const v = document.getElementById(k).value; return !v || d.dataset[k] === v; }); });
-document.querySelectorAll('select').forEach(s => s.addEventListener('change', pick));
+const shown = (d, k) => ['', d.dataset[k]].includes(document.getElementById(k).value);
+for (const select of document.querySelectorAll('select')) select.addEventListener('change', () => {
+  for (const d of document.querySelectorAll('details'))
+    d.hidden = !(shown(d, 'right') && shown(d, 'kind'));
+});
 </script>"""
 
 
@@ -414,7 +425,8 @@ def clip_html(wave, sample_rate, q, row):
     picture = data_uri("image/png", spectrogram_png(wave, sample_rate))
     sound = data_uri("audio/wav", wav_bytes(wave.numpy().clip(-1, 1), sample_rate))
     return ('<div class="clip"><div class="spectrogram">'
-            f'<img alt="spectrogram" src="{picture}">{spans}<div class="cursor"></div></div><div class="axis">{ticks}</div>'
+            f'<img alt="spectrogram" src="{picture}">{spans}<div class="cursor"></div></div>'
+            f'<div class="axis">{ticks}</div>'
             f'<audio controls src="{sound}"></audio><p><b>{escape(q.question)}</b></p>'
             f'<div class="response">{response_html(row["response"], row["segments"])}</div>'
             f'<p>Answer: <b>{escape(said or "none")}</b> <b class="{verdict}">{verdict}</b> '
@@ -483,16 +495,16 @@ def index_page(path, questions, rows, sample_rate, limit=60):
 METRICS = {  # every metric of a log; eval_: on held-out clips, greedy
     "reward": "mean over responses of the sum of the four rewards, -0.5 to 1.5",
     "format": "0.5 if exactly one well-formed think block is followed by exactly one answer block",
-    "consistency": "-0.1 for every </seg> after which a capital or a tag follows, or no word does; at least -0.5",
-    "accuracy": "0.5 if the answer is right (confidence variant: 0.5(1-(1-c)^2), or -0.5c^2 if wrong); eval_accuracy: the share of right answers",
+    "consistency": "-0.1 for each </seg> before a capital, a tag or no word at all; at least -0.5",
+    "accuracy": "0.5 if the answer is right (see REWARDS); eval_accuracy: the share of right ones",
     "segment": "0.5 if the answer is right and at least one segment was heard",
     "right": "share of responses with the right answer",
-    "flat_groups": "share of groups whose rewards are all equal: their advantages are 0 and they teach nothing",
-    "loss": "SFT: mean -log p of a trained token; GRPO: the objective, near 0 on the first update of a step, where the ratio is 1 and advantages cancel out",
-    "kl": "mean k3 estimate of KL(policy, SFT policy) per sampled token of the update (--flat drop leaves responses out): exp(r-p)-(r-p)-1",
+    "flat_groups": "share of groups whose rewards are all equal: their advantages are 0",
+    "loss": "SFT: mean -log p of a trained token; GRPO: near 0 on-policy, advantages cancel out",
+    "kl": "mean k3 of KL(policy, SFT policy) at a token of the update: exp(r - p) - (r - p) - 1",
     "clip_share": "share of sampled tokens whose clipped ratio was the smaller one",
     "entropy": "of the policy at a token, in nats, by the mean of -log p over the sampled ones",
-    "logp_gap": "mean absolute difference of log-probs at sampling and in the update; above 1e-4 in fp32 it is the second mini-batch",
+    "logp_gap": "mean |log-prob at sampling - in the update|; fp32: above 1e-4 by mini-batch 2",
     "length": "sampled tokens a response, eos in, inserted audio out",
     "audio_tokens": "audio tokens a response, first listen and what was heard again",
     "padding": "share of the positions computed while decoding that were padding",
@@ -511,8 +523,8 @@ METRICS = {  # every metric of a log; eval_: on held-out clips, greedy
     "lr": "SFT: the learning rate",
     "count": "share of right answers to how many pulses X has: fine detail of one segment",
     "order": "share of right answers to which sound comes right after X: two places",
-    "count_after": "share of right answers to how many pulses the sound right after X has: two segments and detail",
-    "place_loss": "SFT: loss of the first token of a time after <seg>, in nats: is the place known?",
+    "count_after": "share of right answers to how many pulses the sound right after X has: both",
+    "place_loss": "SFT: of the first token of a time after <seg>, in nats: is the place known?",
     "rejected": "share of the closed tags that were not heard, by reason",
     "frames_loss": "encoder: detection loss of a token at the full rate, in nats",
     "frames_right": "encoder: share of the tokens at the full rate with the right kind of sound",

@@ -1086,6 +1086,21 @@ def test_killed_and_run_again_ends_with_the_same_weights(data, trained, tmp_path
         assert equal(weights(one), weights(two)) and untimed(one) == untimed(two)
 
 
+@pytest.mark.parametrize("limit,says", [(100_000, "step-000001: can't be written"), (99, "")])
+def test_a_full_disk_is_one_line(data, trained, tmp_path, limit, says):
+    """No file may grow beyond `limit` bytes; afterwards the same command goes on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    job = rl(data, trained / "sft", tmp_path / "rl", "--save-every", 1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        assert says in mistake(*job)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob("rl/saves/*.tmp"))
+    good(*job)
+    assert equal(weights(tmp_path / "rl"), weights(trained / "rl"))
+
+
 BOTH = """import json, sys
 sys.path.insert(0, sys.argv[1])
 import echo, train_rl, train_sft

@@ -71,7 +71,7 @@ class Settings:
 
 BY_DECODER = {         # tiny, pretrained; and echo.BOTH_STAGES
     "caption_steps":    (200, 40),
-    "instruct_steps":   (800, 130),
+    "instruct_steps":   (800, 200),
     "align_lr":         (1e-3, 5e-5),
     "sft_steps":        (600, 20),     # the paper: one epoch of 75.9k rows
     "sft_batch":        (16, 8),
