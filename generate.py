@@ -302,9 +302,10 @@ body{margin:0 auto;padding:1rem;max-width:60rem;font:16px/1.5 system-ui,sans-ser
 h1{font-size:1.3rem}h2{font-size:1.05rem;margin:1.5rem 0 .4rem}ul{padding-left:1.2rem}
 .soft,.axis,.grid p{color:var(--soft)}.axis,.grid p{font-size:.8rem;margin:.2rem 0 0}
 .spectrogram{position:relative}.spectrogram img{width:100%;height:12rem;display:block}
-.span,.cursor{position:absolute;top:0;bottom:0}.span{border:solid;border-width:0 2px}
-.span{box-sizing:border-box}.cursor{width:1px;background:#fff}.axis{display:flex;justify-content:space-between}
-audio{width:100%;margin:.4rem 0}.response,svg{background:var(--card);border-radius:.5rem}
+.span,.cursor{position:absolute;top:0;bottom:0;box-sizing:border-box}
+.span{border:solid;border-width:0 2px}.cursor{width:1px;background:#fff}
+.axis{display:flex;justify-content:space-between}audio{width:100%;margin:.4rem 0}
+.response,svg{background:var(--card);border-radius:.5rem}
 .response{padding:.8rem;overflow-wrap:anywhere;white-space:pre-wrap}
 .chip{font:inherit;color:#fff;border:0;border-radius:1rem;padding:.05rem .6rem;cursor:pointer}
 .rejected{color:var(--soft);border:1px dashed;cursor:default}
