@@ -52,6 +52,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache,
                           WhisperModel)
 
 torch.backends.mha.set_fastpath_enabled(False)  # its eval-only kernel rounds otherwise: one path
+torch.backends.cudnn.allow_tf32 = False         # so does a TF32 convolution, by the batch's size
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -272,6 +273,7 @@ class Echo(nn.Module):
     def hear(self, waves, first_listen=False):
         """Waveforms (N_i,) -> features (n_i, encoder dim) in fp32; 32 at once, to bound memory."""
         features, waves = [], [w.to(self.device) for w in waves]
+        self.encoder.eval()
         with self.exact():
             for at in range(0, len(waves), 32):
                 features += self.encoder(waves[at:at + 32], first_listen)
@@ -560,6 +562,13 @@ def shrink(cache, batch, mask):
     return [batch[k] for k in alive.tolist()], mask.gather(1, order)
 
 
+def ask(model, questions, waves, group=1, **decoding):
+    """Rollouts of `group` responses to each Question about its clip; see rollouts()."""
+    first_listens = model.hear(waves, first_listen=True)
+    prompts = [model.prompt(f, q.question, q.choices) for f, q in zip(first_listens, questions)]
+    return rollouts(model, prompts, waves, group, **decoding)
+
+
 # =============================================================================== 7 the four rewards
 
 def extract_answer(text):
@@ -632,7 +641,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantage, clip=0.2, kl_weight=0.04):
     The reference policy is the SFT policy, frozen.
 
         ratio = exp(logp - old_logp)
-        loss  = -min(ratio A, clip(ratio, 1 - c, 1 + c) A) + kl_weight k3
+        loss  = -min(ratio advantage, clamp(ratio, 1 - clip, 1 + clip) advantage) + kl_weight k3
         k3    = exp(ref - logp) - (ref - logp) - 1      unbiased, never negative: KL(policy || ref)
     Returns loss, k3, and whether the clipped ratio was the smaller one.
     """
@@ -729,7 +738,7 @@ def pretrained(load, name):
     """load(name), with one line for a name that is neither a folder nor reachable."""
     try:
         return load(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # safetensors has its own
         if Path(name).is_dir():
             raise EchoError(f"{name}: not a checkpoint of the kind needed here "
                             f"({first_line(error)})") from None
@@ -790,8 +799,9 @@ def set_precision(model, dtype="auto"):
     pretrained = model.config.decoder != "tiny"
     model.bf16 = dtype == "bf16" or dtype == "auto" and pretrained and hardware
     torch.set_float32_matmul_precision("medium" if model.bf16 else "highest")
-    table = model.decoder.get_input_embeddings().weight  # a policy trains a tiny decoder's in fp32,
-    for module in model.decoder.modules() if model.bf16 else ():  # so its reference keeps that
+    # a policy trains a tiny decoder's embeddings in fp32, so its reference keeps them in fp32
+    table = model.decoder.get_input_embeddings().weight
+    for module in model.decoder.modules() if model.bf16 else ():
         frozen = isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.requires_grad
         if frozen and (pretrained or module.weight is not table):
             module.to(torch.bfloat16)
@@ -861,7 +871,7 @@ def load(folder, device="cpu"):
     folder = folder if (folder / "echo.json").is_file() else folder / "model"
     if not (folder / "echo.json").is_file():
         raise EchoError(f"{folder.parent}: no Echo checkpoint there (no echo.json); train one, or "
-                        "give another folder with --model")
+                        "give another folder")
     try:
         described = json.loads((folder / "echo.json").read_text())
         config = Config(**described["config"])
@@ -942,6 +952,8 @@ def load_audio(path, sample_rate=Config.sample_rate):
         raise EchoError(f"{path}: the clip is empty, it holds no samples")
     if not np.abs(wave).max() <= 1e4:
         raise EchoError(f"{path}: samples are NaN or beyond 10,000; export it again")
+    if rate // math.gcd(rate, sample_rate) > 12_000:  # the filter would take gigabytes
+        raise EchoError(f"{path}: a sample rate of {rate} Hz; convert it to {sample_rate} first")
     mono = torch.from_numpy(wave.mean(1, dtype=np.float32))
     return torchaudio.functional.resample(mono, rate, sample_rate)
 
@@ -1063,7 +1075,7 @@ def main(run):
     """Run a script; a user's mistake ends it with one line and exit code 2."""
     try:
         sys.exit(run())
-    except (EchoError, OSError) as error:  # OSError: what can't be written, its path and why
+    except (EchoError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -1080,6 +1092,8 @@ def pick_device(name="auto"):
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise EchoError(f"--device {name}: {first_line(error)}") from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
@@ -1113,16 +1127,19 @@ FREE = ("out", "device", "save_every", "log_every", "tokens_per_batch", "checkpo
 def already_trained(folder, settings):
     """Is the run in this folder finished? One that was begun with other settings is an error;
     settings.retrain removes it. `settings` is the dict of those that the run depends on."""
-    folder, begun = Path(folder), Path(folder) / "settings.json"
+    begun, *results = (Path(folder) / name for name in ("settings.json", "saves", "model"))
     if settings["retrain"] and processes()[0] == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+        for result in results:
+            shutil.rmtree(result, ignore_errors=True)
     barrier()
-    before = json.loads(begun.read_text()) if begun.is_file() else {}
+    before = {}
+    if begun.is_file() and any(result.exists() for result in results):
+        before = json.loads(begun.read_text())
     for k, v in settings.items():
         if k not in FREE and before.get(k, v) != v:
             raise EchoError(f"{folder} was begun with {k} = {before[k]}, now it is {v}; give the "
                             "same value, another --out, or --retrain")
-    done = (folder / "model" / "echo.json").is_file()
+    done = (results[-1] / "echo.json").is_file()
     if done and processes()[0] == 0:
         print(f"{folder}: already trained (--retrain trains it again)")
     return done
@@ -1156,7 +1173,7 @@ class Training:
 
     @torch.no_grad()
     def resume(self, file):
-        saved = torch.load(file, map_location=self.device, weights_only=True)
+        saved = torch.load(file, map_location="cpu", weights_only=True)
         for k, p in self.trained.items():
             p.copy_(saved["trained"][k])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -1181,10 +1198,13 @@ class Training:
             shutil.rmtree(self.folder / "saves", ignore_errors=True)
         barrier()
 
-    def steps(self, n, desc):
-        """The steps that are still to do, behind a progress bar."""
-        return tqdm(range(self.step, n), desc=desc, initial=self.step, total=n,
-                    disable=self.rank > 0)
+    def steps(self, n, desc, save_every):
+        """The steps that are still to do, behind a progress bar; every few of them, a save."""
+        for step in tqdm(range(self.step, n), desc=desc, initial=self.step, total=n,
+                         disable=self.rank > 0):
+            yield step
+            if self.step % save_every == 0:
+                self.save()
 
     def log(self, show=(), **metrics):
         """A JSON line with everything, and the metrics in `show` as a line for people; rank 0."""
@@ -1216,10 +1236,9 @@ class Training:
             torch.distributed.all_reduce(total)
         return total.tolist()
 
-    def mean(self, metrics, n):
-        """The mean of a dict of metrics over all processes, this one's counted n times."""
-        total, *values = self.sum(n, *(n * v for v in metrics.values()))
-        return {k: v / total for k, v in zip(metrics, values)}
+    def mean(self, metrics):
+        """The mean of a dict of metrics over all processes, whose shares are equal."""
+        return {k: v / self.world for k, v in zip(metrics, self.sum(*metrics.values()))}
 
     def update(self, lr, clip_norm=1.0):
         """One step of the optimiser, on the gradient summed over processes and clipped."""
@@ -1234,10 +1253,3 @@ class Training:
             group["lr"] = lr * group["rate"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def ask(model, questions, waves, group=1, **decoding):
-    """Rollouts of `group` responses to each Question about its clip; see rollouts()."""
-    first_listens = model.hear(waves, first_listen=True)
-    prompts = [model.prompt(f, q.question, q.choices) for f, q in zip(first_listens, questions)]
-    return rollouts(model, prompts, waves, group, **decoding)

@@ -57,11 +57,11 @@ class Settings:
     POSITIONAL = ("clip", "question")
 
 
-def answer(model, questions, waves, settings, **more):
-    """Rollouts for some Questions, one each."""
+def answer(model, questions, waves, settings, first=0, **more):
+    """Rollouts for some Questions, one each; `first` is the number of the first of them."""
     return ask(model, questions, waves, reasoning=settings.reasoning, insert=settings.insert,
                temperature=settings.temperature, max_new_tokens=settings.max_new_tokens,
-               seeds=range(settings.seed, settings.seed + len(waves)), **more)
+               seeds=range(settings.seed + first, settings.seed + first + len(waves)), **more)
 
 
 def trace(rollout):
@@ -75,7 +75,6 @@ def trace(rollout):
 def evaluate(training, model, questions, batch=50, **decoding):
     """Greedy accuracy, by category too, and what was listened to; split over the processes."""
     mine, responses = questions[training.rank::training.world], []
-    model.eval()
     for at in tqdm(range(0, len(mine), batch), desc="evaluation", leave=False,
                    disable=training.rank > 0):
         some = mine[at:at + batch]
@@ -128,7 +127,8 @@ def answer_clip(model, settings):
     """Ask about one clip; stream the reasoning as it is written, and where it stops to listen."""
     q = Question({}, Path(settings.clip), settings.question, list(settings.choices), None, "")
     if not settings.clip:
-        q = next(q for q in read_questions("data/test.jsonl") if q.category == "count_after")
+        questions = read_questions("data/test.jsonl")
+        q = next((q for q in questions if q.category == "count_after"), questions[0])
     elif not settings.question:
         raise EchoError('no question: python generate.py clip.wav "question" --choices a b c d')
     wave = load_audio(q.path, model.config.sample_rate)
@@ -173,7 +173,7 @@ def run_benchmark(model, settings):
     part, done = open_part(settings, questions)
     for at in tqdm(range(len(done), len(questions), settings.batch), unit="batch",
                    desc=Path(settings.benchmark).name):
-        rows = answer_batch(model, questions[at:at + settings.batch], settings)
+        rows = answer_batch(model, questions[at:at + settings.batch], settings, at)
         done += rows
         if part:
             with open(part, "a", encoding="utf-8") as file:
@@ -205,7 +205,7 @@ def open_part(settings, questions):
         raise EchoError(f"--output {settings.output}: a folder; give the name of a file in it")
     part = Path(settings.output + ".part")
     run = json.loads(json.dumps(dataclasses.asdict(settings)))
-    for free in ("json", "html", "device"):
+    for free in ("json", "html", "device", "batch"):
         del run[free]
     done = []
     if part.is_file():
@@ -221,18 +221,19 @@ def open_part(settings, questions):
     return part, done
 
 
-def answer_batch(model, questions, settings):
-    """The answered rows of some questions. One that can't be answered, its audio broken or its text
-    too long, is found by halving the batch, and gets an empty prediction and the error."""
+def answer_batch(model, questions, settings, first):
+    """The answered rows of the questions from number `first` on. One that can't be answered, its
+    audio broken or its text too long, is found by halving the batch, and gets an empty prediction
+    and the error."""
     began = time.time()
     try:
         waves = [load_audio(q.path, model.config.sample_rate) for q in questions]
-        responses = answer(model, questions, waves, settings)
+        responses = answer(model, questions, waves, settings, first)
     except EchoError as error:
         half = len(questions) // 2
         if half:
-            return (answer_batch(model, questions[:half], settings)
-                    + answer_batch(model, questions[half:], settings))
+            return (answer_batch(model, questions[:half], settings, first)
+                    + answer_batch(model, questions[half:], settings, first + half))
         tqdm.write(f"row {questions[0].row.get('id')}: {error}")
         return [{**questions[0].row, "answer_prediction": "", "model_output": "", "response": "",
                  "segments": [], "ended": None, "seconds": 0.0, "error": str(error)}]

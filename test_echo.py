@@ -142,6 +142,7 @@ def test_wav_formats(tmp_path, bits, coding, channels, rate):
     ("head.wav", b"RIFF\x10\0\0\0WAVEjunk\0\0\0\0", "no 'fmt ' or no 'data' chunk"),
     ("mulaw.wav", wav(b"\0" * 4, coding=7, bits=8), "coding 7"),
     ("fast.wav", wav(b"\0" * 4, rate=4_294_967_295), "4294967295 Hz"),
+    ("prime.wav", wav(b"\0" * 4, rate=767_957), "767957 Hz; convert it to 16000 first"),
     ("huge.wav", wav(struct.pack("<2f", 1e38, -1e38), bits=32, coding=3), "beyond 10,000"),
     ("nan.wav", wav(struct.pack("<2f", math.nan, 0), bits=32, coding=3), "NaN")],
     ids=lambda x: x[:9] if isinstance(x, str) else "")
@@ -918,14 +919,17 @@ def test_training_scripts(data, trained, tmp_path, monkeypatch):
     flags = rl(data, trained / "sft", trained / "rl", test=data / "test.jsonl")
     assert "already trained" in good(*flags, "--save-every", 7)
     assert "was begun with lr = " in mistake(*flags, "--lr", 1)
-    for stage in ("base", "sft"):
-        shutil.copytree(trained / stage, tmp_path / stage)
     monkeypatch.setitem(echo.REWARDS, "brief", lambda r, answer: {"brief": -len(r.logprobs)})
-    good(*rl(data, tmp_path / "sft", tmp_path / "rl", "--reward", "brief", "--steps", 1))
+    good(*rl(data, trained / "sft", tmp_path / "rl", "--reward", "brief", "--steps", 1))
     entry = log_of(tmp_path / "rl")[0]
     assert entry["reward"] == entry["brief"] == -entry["length"]
-    assert "step 3" in good(*sft(data, tmp_path, "--stage", "sft", "--sft-steps", 3, "--retrain"))
-    assert len(log_of(tmp_path / "sft")) == 3
+    shutil.copytree(trained / "base", tmp_path / "base")
+    assert "nowhere: no such" in mistake(*sft(data, tmp_path, "--stage", "sft", test="nowhere"))
+    short = sft(data, tmp_path, "--stage", "sft", "--sft-steps", 3)
+    assert "step 3" in good(*short)  # nothing was trained, so that other settings are no mistake
+    (tmp_path / "sft/mine.txt").write_text("")
+    assert "step 2" in good(*short, "--retrain", "--sft-steps", 2)
+    assert len(log_of(tmp_path / "sft")) == 2 and (tmp_path / "sft/mine.txt").is_file()
 
 
 def test_every_metric_is_defined(trained):
@@ -950,7 +954,7 @@ def test_generate_on_a_foreign_clip(data, trained, tmp_path, monkeypatch):
 
 def test_benchmark_files(data, trained, tmp_path, monkeypatch):
     """MMAR and MMAU rows come back whole with the evaluators' keys; broken audio is named and
-    counted; an interrupted run goes on, with the same settings alone."""
+    counted; an interrupted run goes on, with the same settings alone. A row's draws are its own."""
     ours = [{"id": str(i), "question": r["question"], "choices": r["multi_choice"], "task": "sound",
              "answer": r["answer"], "audio_path": r["audio_path"]}
             for i, r in enumerate(echo.read_rows(data / "test.jsonl")[:5])]
@@ -962,7 +966,8 @@ def test_benchmark_files(data, trained, tmp_path, monkeypatch):
 
     def flags(name, out):
         return ["generate", "--benchmark", tmp_path / f"{name}.json", "--audio-root", data,
-                "--output", tmp_path / out, "--model", trained / "rl", "--batch", 2]
+                "--output", tmp_path / out, "--model", trained / "rl", "--batch", 2,
+                "--temperature", 1]
     code, out, err = run(*flags("mmar", "out.json"))
     assert code == 1 and "2 of 5 rows" in err and "gone.wav" in out and "shorten the" in out
     done = json.loads((tmp_path / "out.json").read_text())
@@ -975,20 +980,21 @@ def test_benchmark_files(data, trained, tmp_path, monkeypatch):
     good(*flags("mmau", "whole.json"))
     real, part = generate.answer_batch, tmp_path / "again.json.part"
 
-    def answer_batch(model, questions, settings):  # Ctrl-C in the second batch
+    def answer_batch(model, questions, settings, first):  # Ctrl-C in the second batch
         if questions[0].row["id"] == "2":
             raise KeyboardInterrupt
-        return [row | {"mark": 1} for row in real(model, questions, settings)]
+        return [row | {"mark": 1} for row in real(model, questions, settings, first)]
     monkeypatch.setattr(generate, "answer_batch", answer_batch)
     assert run(*flags("mmau", "again.json"))[0] == 130
     monkeypatch.setattr(generate, "answer_batch", real)
     part.write_text(part.read_text() + '{"id": "2", "audio')  # and a half-written row
     assert "max_new_tokens" in mistake(*flags("mmau", "again.json"), "--max-new-tokens", 9)
     assert "audio_root" in mistake(*flags("mmau", "again.json"), "--audio-root", "/")
-    good(*flags("mmau", "again.json"))
+    good(*flags("mmau", "again.json"), "--batch", 3)
     again, whole = (json.loads((tmp_path / f"{x}.json").read_text()) for x in ("again", "whole"))
     assert [row.get("mark") for row in again] == [1, 1, None, None, None]
-    assert [row["response"] for row in again] == [row["response"] for row in whole]
+    for row, a, b in zip(whole, again, done):
+        assert row["response"] == a["response"] and b["response"] in ("", row["response"])
 
 
 def test_interval_of_a_share():
@@ -1016,6 +1022,9 @@ def test_interval_of_a_share():
     ("train_sft", ["--dtype", "fp16"], "--dtype fp16: must be"),
     ("train_sft", ["--first-listen-rate", "3"], "--first-listen-rate 3.0: must divide 100"),
     ("train_sft", ["--train", "all", "--stage", "align"], "--train all: must be"),
+    ("train_sft", ["--no-share-position", "--stage", "align"], "with share_position = True, now"),
+    ("train_sft", ["--clips", "bare.jsonl", "--out", "new"], "row 1: 'A4_events' without kind"),
+    ("train_sft", ["--clips", "few.jsonl", "--out", "new"], "few.jsonl: 1 kinds of sound"),
     ("train_sft", ["--decoder", "no/qwen", "--out", "new"], "neither a folder here nor reachable"),
     ("train_sft", ["--device", "cuda:9"], "--device cuda:9"),
     ("make_data", ["--qa-faults", "2"], "--qa-faults and --cot-faults"),
@@ -1025,6 +1034,9 @@ def test_a_users_mistake_is_one_line(data, trained, tmp_path, monkeypatch, name,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     Path("a.wav").write_bytes(wav(b"\xff\x01" * 16_000))
+    event = {"kind": "hum", "start_s": 0.0, "end_s": 1.0}
+    for file, events in (("bare", [event]), ("few", [event | {"pulses": 2}])):
+        Path(f"{file}.jsonl").write_text(json.dumps({"audio_path": "a.wav", "A4_events": events}))
     shutil.copytree(trained / "encoder", "runs/encoder")
     flags = {"make_data": ["make_data"], "generate": ["generate", "--model", trained / "rl"],
              "train_sft": sft(data, "runs"), "train_rl": rl(data, trained / "sft", "rl")}[name]

@@ -88,12 +88,10 @@ def main_loop(settings, policy):
             training.log(show, **evaluate(training, policy, test, **decoding(settings)))
         if training.rank == 0:
             report_page(settings.out)
-    for step in training.steps(settings.steps, "grpo"):
+    for step in training.steps(settings.steps, "grpo", settings.save_every):
         if step % settings.eval_every == 0:
             check()
         grpo_step(training, policy, reference, rows, settings)
-        if training.step % settings.save_every == 0:
-            training.save()
     check()
     training.finish(policy)
 
@@ -103,11 +101,9 @@ def grpo_step(training, policy, reference, rows, settings):
     began, step, group = time.time(), training.step, settings.group
     questions = [rows[i] for i in training.batch(len(rows), settings.questions, settings.seed)]
     waves = [load_audio(q.path, policy.config.sample_rate) for q in questions]
-    seeds = []
-    for k in range(settings.questions)[training.rank::training.world]:
-        for g in range(group):
-            seeds.append(np.random.SeedSequence([settings.seed, step, k, g]).generate_state(1)[0])
-    policy.eval()
+    mine = range(settings.questions)[training.rank::training.world]
+    seeds = [np.random.SeedSequence([settings.seed, step, k, g]).generate_state(1)[0]
+             for k in mine for g in range(group)]
     responses = ask(policy, questions, waves, group, temperature=settings.temperature, seeds=seeds,
                     **decoding(settings))
     decoded = time.time()
@@ -132,7 +128,7 @@ def grpo_step(training, policy, reference, rows, settings):
              "flat_groups": flat.float().mean().item()}
     seconds, tokens = time.time() - began, sum(len(r.logprobs) for r in responses)
     speed = training.sum(n / seconds, tokens / seconds)
-    means = training.mean(means, n) | response_metrics(responses, training.sum)
+    means = training.mean(means) | response_metrics(responses, training.sum)
     training.log(("reward", "right", "segments", "kl", "seconds"), **means, **metrics,
                  responses_per_s=speed[0], tokens_per_s=speed[1], seconds=seconds,
                  decoding_share=(decoded - began) / seconds)

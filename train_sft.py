@@ -47,7 +47,7 @@ class Settings:
     first_listen_rate: float = 2.0   # audio tokens a second in the first listen; 0: the full rate
     share_position: bool = True      # all tokens of a re-listened segment at one position
     train: str = "decoder"           # in align and sft: decoder, projector, or last-N layers
-    encoder_steps: int = 300         # of 16 clips; 98% of the frames are right by then
+    encoder_steps: int = 300         # of 16 clips; 96 to 98% of the frames are right by then
     encoder_clips: int = 600
     encoder_lr: float = 2e-3
     caption_steps: int = 0           # 0, here and below: by the decoder, see BY_DECODER
@@ -86,8 +86,10 @@ BY_DECODER = {         # tiny, pretrained; and echo.BOTH_STAGES
 def sft(training, model, settings):
     """The paper's stage 1: chains that point at segments, as text. No audio follows a tag here."""
     rows = read_questions(settings.data, settings.audio_root, needs=("answer", "cot"))
-    clips = Clips(model)
-    for step in training.steps(settings.sft_steps, "sft"):
+    clips, test = Clips(model), []
+    if settings.test != "none":
+        test = read_questions(settings.test, settings.audio_root)[:150]
+    for step in training.steps(settings.sft_steps, "sft", settings.save_every):
         samples = []
         for i in training.batch(len(rows), settings.sft_batch, settings.seed):
             q = rows[i]
@@ -96,8 +98,7 @@ def sft(training, model, settings):
         warmup = int(settings.warmup * settings.sft_steps)
         lr = settings.sft_lr * linear_schedule(step, settings.sft_steps, warmup)
         fit(training, model, samples, lr, settings)
-    if settings.test != "none":
-        test = read_questions(settings.test, settings.audio_root)[:150]
+    if test:
         training.log(("eval_accuracy",), **evaluate(training, model, test, reasoning="text"))
 
 
@@ -123,8 +124,6 @@ def fit(training, model, samples, lr, settings):
         total, place, n_places = training.sum(total, place, n_places)
         training.log(("loss", "place_loss"), loss=total / n_tokens,
                      place_loss=place / max(1, n_places), lr=lr)
-    if training.step % settings.save_every == 0:
-        training.save()
 
 
 class Clips:
@@ -228,10 +227,9 @@ def new_model(settings, clip_rows):
         config.prompt, config.max_new_tokens = PAPER_PROMPT, 512
         return build(config)
     texts = []
-    for row in read_rows(settings.data, ("question", "cot")):
-        choices = row.get("multi_choice") or row.get("choices") or ()
-        texts += [f" {row['question']} Choose from\n{row['cot']}", *choices]
-        texts += [" " + choice for choice in choices]
+    for q in read_questions(settings.data, settings.audio_root, needs=("answer", "cot")):
+        texts += [f" {q.question} Choose from\n{q.row['cot']}", *q.choices]
+        texts += [" " + choice for choice in q.choices]
     for _, clip in clip_rows:
         for event in clip.get("A4_events", ()):
             texts += [f" Describe every sound. {look_for(event)} Describe the audio and what comes"]
@@ -255,7 +253,7 @@ class Detector(nn.Module):
         super().__init__()
         events = [e for _, clip in clips for e in clip["A4_events"]]
         self.kinds = sorted({e["kind"] for e in events})
-        self.counts = sorted({e["pulses"] for e in events if "pulses" in e})
+        self.counts = sorted({e["pulses"] for e in events})
         self.encoder = encoder
         self.kind = nn.Linear(encoder.dim, len(self.kinds) + 1)
         self.start = nn.Linear(encoder.dim, 1)
@@ -274,7 +272,7 @@ class Detector(nn.Module):
         kind, pulses = torch.full((n + 1,), len(self.kinds)), torch.full((n + 1,), -1)
         for e in events:
             inside = (t > e["start_s"]) & (t < e["end_s"])
-            if fine and "pulses" in e:
+            if fine:
                 pulses[inside] = self.counts.index(e["pulses"])
                 share = (t - e["start_s"]) / (e["end_s"] - e["start_s"])
                 inside &= from_edge(e["pulses"], share) > 0
@@ -292,7 +290,7 @@ def train_encoder(training, detector, clips, settings):
     for path, clip in tqdm(clips[:settings.encoder_clips], desc="reading clips",
                            disable=training.rank > 0):
         heard.append((load_audio(path, config.sample_rate), clip["A4_events"]))
-    for step in training.steps(settings.encoder_steps, "encoder"):
+    for step in training.steps(settings.encoder_steps, "encoder", settings.save_every):
         waves, crops, first_labels, crop_labels = [], [], [], []
         for k in range(16)[training.rank::training.world]:
             rng = np.random.default_rng([settings.seed, step, k])
@@ -321,8 +319,6 @@ def train_encoder(training, detector, clips, settings):
         training.step += 1
         if training.step % settings.log_every == 0:
             training.log(("frames_right", "first_right"), **metrics)
-        if training.step % settings.save_every == 0:
-            training.save()
 
 
 def detection_loss(logits, labels):
@@ -362,7 +358,7 @@ def align(training, model, clip_rows, settings):
     """Captions until places are known, then instructions, with a learning rate that goes to 0."""
     clips, captions, instructions = Clips(model), settings.caption_steps, settings.instruct_steps
     kinds = sorted({e["kind"] for _, clip in clip_rows for e in clip.get("A4_events", ())})
-    for step in training.steps(captions + instructions, "align"):
+    for step in training.steps(captions + instructions, "align", settings.save_every):
         samples = []
         share = range(settings.align_batch)[training.rank::training.world]
         for i, k in zip(training.batch(len(clip_rows), settings.align_batch, settings.seed), share):
@@ -375,13 +371,13 @@ def align(training, model, clip_rows, settings):
             elif instruct and rng.random() < 0.4:
                 samples.append(short_clips(model, events, path, clips, rng, kinds))
             else:
-                samples.append(describe(model, events, path, clips, rng, instruct))
+                samples.append(whole_clip(model, events, path, clips, rng, instruct))
         warm = (step + 1) / max(1, settings.warmup * (captions + instructions))
         left = (captions + instructions - step) / instructions
         fit(training, model, samples, settings.align_lr * min(1.0, warm, left), settings)
 
 
-def describe(model, events, path, clips, rng, instruct):
+def whole_clip(model, events, path, clips, rng, instruct):
     """What is heard where, to learn.
 
     Captions name every sound in RANDOM order: in order of time, where a sound is could be had
@@ -407,7 +403,8 @@ def short_clips(model, events, path, clips, rng, kinds):
 
     Here counting is learned. Where the short clips lie is given: it can't be known.
     """
-    row = write_row(str(rng.choice(CATEGORIES)), events, rng, kinds)
+    category = str(rng.choice(CATEGORIES))
+    row = write_row(category if len(events) > 1 else "count", events, rng, kinds)
     sample = model.prompt(None, row["question"], row["multi_choice"])
     return add_grounded(model, sample, row["cot"], path, clips, listen=True, place=False)
 
@@ -433,23 +430,48 @@ def run_stage(stage, settings, device):
     if already_trained(folder, mine):
         return
     torch.manual_seed(settings.seed)
-    clip_rows = []
-    if stage != "sft":
-        root = Path(settings.audio_root or Path(settings.clips).parent)
-        for clip in read_rows(settings.clips, ("audio_path",)):
-            clip_rows.append((root / clip["audio_path"], clip))
+    clip_rows = read_clips(settings) if stage != "sft" else []
     if stage == "encoder":
         model = new_model(settings, clip_rows).to(device)
         training = make_encoder(folder, model, clip_rows, mine, settings)
     else:
         before = list(STAGES.values())[list(STAGES).index(stage) - 1]
         model = prepare(load(Path(settings.out) / before, device), settings)
+        for name in ("decoder", "encoder", "first_listen_rate", "share_position"):
+            was, now = getattr(model.config, name), getattr(settings, name)
+            if was != now:
+                raise EchoError(f"{settings.out}/{before} was made with {name} = {was}, now it is "
+                                f"{now}; give the same value")
         training = Training(folder, model, mine, {"projector": settings.projector_rate})
         if stage == "align":
             align(training, model, clip_rows, settings)
         else:
             sft(training, model, settings)
     training.finish(model)
+
+
+def read_clips(settings):
+    """The described clips: [(path, row), ...], where events are known each as make_data.py's."""
+    root, clips, kinds = Path(settings.audio_root or Path(settings.clips).parent), [], set()
+    for number, clip in enumerate(read_rows(settings.clips, ("audio_path",)), 1):
+        wrong, events = None, clip.get("A4_events")
+        try:
+            kinds |= {e["kind"] for e in events or ()}
+            known = all(0 <= e["start_s"] < e["end_s"] and e["pulses"] in NUMBERS
+                        for e in events or ())
+        except (TypeError, KeyError):
+            known = False
+        if not known:
+            wrong = "'A4_events' without kind, start_s, end_s and 2 to 6 pulses each"
+        elif not events and not isinstance(clip.get("A1_description"), str):
+            wrong = "neither 'A4_events' nor 'A1_description'"
+        if wrong:
+            raise EchoError(f"{settings.clips}, row {number}: {wrong}")
+        clips.append((root / clip["audio_path"], clip))
+    if 0 < len(kinds) < 5:
+        raise EchoError(f"{settings.clips}: {len(kinds)} kinds of sound; questions about order "
+                        "need five or more")
+    return clips
 
 
 def make_encoder(folder, model, clip_rows, mine, settings):
@@ -469,13 +491,12 @@ def make_encoder(folder, model, clip_rows, mine, settings):
 
 def stage_settings(stage, settings):
     """The settings that a stage depends on, which a run can't change on the way."""
-    names = {f.name for f in dataclasses.fields(settings)} - {"data", "test"}
+    names = sorted(f.name for f in dataclasses.fields(settings))
     for later, prefixes in (("align", ("caption_", "instruct_", "align_", "train", "projector_")),
-                            ("sft", ("sft_",))):
+                            ("sft", ("sft_", "data", "test"))):
         if list(STAGES).index(later) > list(STAGES).index(stage):
-            names = {n for n in names if not n.startswith(prefixes)}
-    names |= {"data", "test"} if stage == "sft" else set()
-    return {n: getattr(settings, n) for n in sorted(names)}
+            names = [n for n in names if not n.startswith(prefixes)]
+    return {n: getattr(settings, n) for n in names}
 
 
 def run():
