@@ -334,7 +334,7 @@ class Echo(nn.Module):
         with self.autocast():
             return self.decoder.model(
                 inputs_embeds=x, attention_mask=mask, position_ids=position,
-                past_key_values=cache, use_cache=cache is not None).last_hidden_state
+                cache=cache, use_cache=cache is not None).last_hidden_state
 
     def forward(self, samples, temperature=1.0):
         """Log-probs of every trained token, flat in the order of the samples: (n,).
@@ -813,7 +813,7 @@ def prepare(model, settings):
     set_trainable(model, settings.train)
     set_precision(model, settings.dtype)
     if settings.checkpointing:
-        model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        model.decoder.activation_checkpointing_enable()
     return model.train()
 
 
@@ -1031,7 +1031,7 @@ def parse_settings(cls, doc):
     parser = argparse.ArgumentParser(
         description=f"{doc}\n{inspect.getsource(cls)}", usage="%(prog)s [--setting value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = fail
+    parser.error, hidden = fail, argparse.SUPPRESS
     for f in dataclasses.fields(cls):
         flags = {"--" + f.name.replace("_", "-"), "--" + f.name}
         how = {"type": type(f.default)}
@@ -1041,8 +1041,10 @@ def parse_settings(cls, doc):
             how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(f.default, tuple):
             how = {"nargs": "+"}
-        parser.add_argument(*sorted(flags), default=f.default, help=argparse.SUPPRESS, **how)
-    settings = cls(**vars(parser.parse_args()))
+        parser.add_argument(*sorted(flags), default=hidden, help=hidden, **how)
+    given = vars(parser.parse_args())
+    settings = cls(**given)
+    settings.given = set(given)
     for f in dataclasses.fields(cls):  # a count that is 0 by default may be 0; none is negative
         value, least = getattr(settings, f.name), int(type(f.default) is int and f.default > 0)
         if isinstance(value, (int, float)) and not value >= least:
@@ -1050,17 +1052,16 @@ def parse_settings(cls, doc):
     return settings
 
 
-BOTH_STAGES = {"projector_rate": (1.0, 0.2), "tokens_per_batch": (16384, 3000)}
-
-
-def follow_decoder(settings, table, decoder):
-    """Fill in settings that are 0 or "" from {name: (tiny, pretrained)}; tell, if pretrained."""
-    table = table | BOTH_STAGES
-    for name, values in table.items():
-        if not getattr(settings, name):
-            setattr(settings, name, values[decoder != "tiny"])
-    if decoder != "tiny" and processes()[0] == 0:
-        print("by the decoder: " + ", ".join(f"{k} {getattr(settings, k)}" for k in table))
+def follow_decoder(settings, decoder):
+    """With a pretrained decoder, settings that were not given are those of PRETRAINED; tell."""
+    if decoder == "tiny":
+        return
+    for name, value in settings.PRETRAINED.items():
+        if name not in settings.given:
+            setattr(settings, name, value)
+    if processes()[0] == 0:
+        print("for a pretrained decoder: " + ", ".join(
+            f"{name} {getattr(settings, name)}" for name in settings.PRETRAINED))
 
 
 def require(settings, **known):

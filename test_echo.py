@@ -627,13 +627,13 @@ def test_bf16(qwen, monkeypatch, tmp_path, tied, train):
         patch.setattr(policy, "hidden", lambda *a: hidden)
         want = F.linear(hidden[0, :1], policy.decoder.lm_head.weight.float()).log_softmax(-1)
         assert (policy([Sample([4, 5], [False, True], [0, 1])]) - want[0, 5]).abs() < 1e-3
-    prompts = asked(policy, [wave], "How many pulses? " * 420)
+    prompts = asked(policy, [wave])
+    prompts[0].position[6:] = [at + 2000 for at in prompts[0].position[6:]]  # rotary angles far out
     passes = count_passes(monkeypatch, policy)
     write(monkeypatch, policy, ["a <seg>0, 1</seg> two pulses" + " <hum>" * i for i in range(4)])
     responses = rollouts(policy, prompts, [wave], 4, max_new_tokens=100)
     samples, adv = [r.sample for r in responses], torch.tensor([1.0, -0.5, 0.3, 2.0])
     assert all(p.dtypes == {torch.bfloat16} for p in passes) and all(r.heard for r in responses)
-    assert len(prompts[0].ids) > 2000
     assert all(map(torch.equal, policy.log_probs(samples), reference.log_probs(samples)))
     training = Watched(tmp_path, policy, {})
     for n in (1, 2):
@@ -701,17 +701,16 @@ def test_your_own_encoder(model, monkeypatch):
     assert heard == [0] * 25 + [1] * 25 + [0] * 13 + [1] * 12 + [1] * 25
 
 
-def test_follow_decoder(capsys):
-    for module in (train_sft, train_rl):
-        table = module.BY_DECODER | echo.BOTH_STAGES
-        for kind, name in enumerate(("tiny", "some/qwen")):
-            settings, first = module.Settings(), list(table)[0]
-            setattr(settings, first, 7)  # what is given stays
-            echo.follow_decoder(settings, module.BY_DECODER, name)
-            for key, values in table.items():
-                assert getattr(settings, key) == (7 if key == first else values[kind])
-            said = capsys.readouterr().out
-            assert all(f"{key} " in said for key in table) if kind else said == ""
+@pytest.mark.parametrize("module", [train_sft, train_rl])
+def test_settings_follow_the_decoder(module, monkeypatch, capsys):
+    first, *others = module.Settings.PRETRAINED
+    monkeypatch.setattr(sys, "argv", ["script", f"--{first}", "7"])  # what is given stays
+    for decoder, own in (("tiny", {}), ("some/qwen", module.Settings.PRETRAINED)):
+        settings = echo.parse_settings(module.Settings, "")
+        echo.follow_decoder(settings, decoder)
+        assert settings == module.Settings(**own | {first: 7})
+        said = capsys.readouterr().out
+        assert all(f"{name} {own[name]}" in said for name in others) if own else said == ""
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -1115,7 +1114,19 @@ def test_a_full_disk_is_one_line(data, trained, tmp_path, limit, says):
 
 BOTH = """import json, sys
 sys.path.insert(0, sys.argv[1])
-import echo, train_rl, train_sft
+import torch, echo, train_rl, train_sft
+torch.optim.AdamW = lambda groups, lr, **_: torch.optim.SGD(groups, lr)
+sample_tokens = echo.sample_tokens
+
+def scripted(model, hidden, rows, temperature):
+    tokens, logp = sample_tokens(model, hidden, rows, temperature)
+    for k, row in enumerate(rows if temperature else ()):
+        n = row.draws.initial_seed() % 3
+        said = "<think><seg>0, 1</seg> a" + ("</think><answer>two</answer>", "<seg>1, 2", "")[n]
+        tokens[k] = [*model.ids(said), model.tokenizer.eos_token_id][len(row.logprobs)]
+        logp[k] = model.decoder.lm_head(hidden[k]).log_softmax(-1)[tokens[k]].item()
+    return tokens, logp
+echo.sample_tokens = scripted
 for sys.argv in json.loads(sys.argv[2]):
     try:
         {"train_sft": train_sft, "train_rl": train_rl}[sys.argv[0]].run()
@@ -1125,29 +1136,33 @@ for sys.argv in json.loads(sys.argv[2]):
 
 
 def test_two_processes_equal_one(data, trained, tmp_path):
-    """The same global batch on one and on two gloo processes: the same log and the same weights,
-    but for those whose gradient is near 0, where Adam's first step is the sign of a rounding."""
-    jobs, test, steps = [], data / "test.jsonl", ["--steps", 1, "--questions", 4]
-    stage = ["--stage", "sft", "--sft-steps", 1]
-    for out in (tmp_path / "1", tmp_path / "2", tmp_path / "few"):
-        shutil.copytree(trained / "base", out / "base")
-        jobs += [sft(data, out, *stage), rl(data, trained / "sft", out / "rl", *steps, test=test)]
-    good(*jobs.pop(0))
-    good(*jobs.pop(0))
+    """The same global batch on one and on two gloo processes: the same log and the same weights.
+    Responses are scripted and the optimiser is SGD: a draw between two tokens and Adam's first
+    steps, which are signs, would make much of a rounding."""
     (tmp_path / "both.py").write_text(BOTH)
-    jobs[2:] = [*jobs[2], "--sft-batch", 1], [*jobs[3], "--questions", 2]
-    script = process("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                     tmp_path / "both.py", HERE, json.dumps([list(map(str, job)) for job in jobs]))
-    out, err = script.communicate()
-    assert script.returncode == 0, err[-2000:]
-    assert out.count("2 processes for a batch of 1") == 2 == out.count("must be a multiple of")
+    for n in (1, 2):
+        out = tmp_path / str(n)
+        shutil.copytree(trained / "base", out / "base")
+        jobs = [sft(data, out, "--stage", "sft", "--sft-steps", 1, "--sft-lr", 1),
+                rl(data, trained / "sft", out / "rl", "--steps", 1, "--questions", 4, "--lr", 0.01,
+                   test=data / "test.jsonl")]
+        if n == 2:
+            few = [*jobs[0], "--out", tmp_path, "--sft-batch", 1]
+            jobs += few, [*jobs[1], "--out", tmp_path / "few", "--questions", 2]
+            shutil.copytree(trained / "base", tmp_path / "base")
+        jobs = json.dumps([[str(flag) for flag in job] for job in jobs])
+        script = process("-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone",
+                         tmp_path / "both.py", HERE, jobs)
+        said, err = script.communicate()
+        assert script.returncode == 0, err[-2000:]
+    assert said.count("2 processes for a batch of 1") == 2 == said.count("must be a multiple of")
     for name, start in (("sft", "base"), ("rl", "sft")):
         before, one, two = (weights(p) for p in (
             trained / start, tmp_path / "1" / name, tmp_path / "2" / name))
         apart, learned = (sum(((w[k] - one[k]) ** 2).sum() for k in one) for w in (two, before))
-        assert apart < 1e-4 * learned
+        assert apart < 1e-5 * learned and learned > 1e-6
         for a, b in zip(*(untimed(tmp_path / n / name) for n in "12"), strict=True):
-            assert a == pytest.approx(b, abs=3e-5)
+            assert a == pytest.approx(b, rel=1e-3, abs=3e-5)
 
 
 # ------------------------------------------------------------------------ pages, in a real browser

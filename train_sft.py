@@ -50,35 +50,27 @@ class Settings:
     encoder_steps: int = 300         # of 16 clips; 96 to 98% of the frames are right by then
     encoder_clips: int = 600
     encoder_lr: float = 2e-3
-    caption_steps: int = 0           # 0, here and below: by the decoder, see BY_DECODER
-    instruct_steps: int = 0
+    caption_steps: int = 200
+    instruct_steps: int = 800
     align_batch: int = 8
-    align_lr: float = 0.0
-    sft_steps: int = 0
-    sft_batch: int = 0
-    sft_lr: float = 0.0
-    projector_rate: float = 0.0      # the projector's learning rate, as a factor
+    align_lr: float = 1e-3
+    sft_steps: int = 600             # the paper: one epoch of 75.9k rows
+    sft_batch: int = 16
+    sft_lr: float = 7e-4             # the paper: 5e-6, for 7 billion parameters
+    projector_rate: float = 1.0      # the projector's learning rate, as a factor
     warmup: float = 0.05             # share of a stage's steps, as in the paper
-    tokens_per_batch: int = 0        # a micro-batch; gradients are accumulated over them
+    tokens_per_batch: int = 16384    # a micro-batch; gradients are accumulated over them
     checkpointing: bool = False      # gradient checkpointing: less memory, one more forward pass
     dtype: str = "auto"              # fp32 or bf16; auto: bf16 for a pretrained decoder
     seed: int = 0                    # of the weights and of every draw
     device: str = "auto"             # cuda if there is one, else cpu
-    log_every: int = 0               # steps
-    save_every: int = 0              # steps
+    log_every: int = 25              # steps
+    save_every: int = 250            # steps
     retrain: bool = False            # train again what is already trained
-
-
-BY_DECODER = {         # tiny, pretrained; and echo.BOTH_STAGES
-    "caption_steps":    (200, 40),
-    "instruct_steps":   (800, 200),
-    "align_lr":         (1e-3, 5e-5),
-    "sft_steps":        (600, 20),     # the paper: one epoch of 75.9k rows
-    "sft_batch":        (16, 8),
-    "sft_lr":           (7e-4, 2e-5),  # the paper: 5e-6, for 7 billion parameters
-    "log_every":        (25, 5),
-    "save_every":       (250, 40),
-}
+    # with a pretrained decoder the defaults are, as measured for the README:
+    PRETRAINED = dict(caption_steps=40, instruct_steps=130, align_lr=5e-5, sft_steps=20,
+                      sft_batch=8, sft_lr=2e-5, projector_rate=0.2, tokens_per_batch=3000,
+                      log_every=5, save_every=40)
 
 
 # ---------------------------------------------------------------------------------- stage 1: SFT
@@ -507,7 +499,7 @@ def run():
         raise EchoError(f"--first-listen-rate {settings.first_listen_rate}: must divide 100 and be "
                         "at most 25; 0: all")
     device = pick_device(settings.device)
-    follow_decoder(settings, BY_DECODER, settings.decoder)
+    follow_decoder(settings, settings.decoder)
     for stage in STAGES if settings.stage == "all" else (settings.stage,):
         run_stage(stage, settings, device)
 
