@@ -306,19 +306,15 @@ class Echo(nn.Module):
     def tensors(self, samples, since=None):
         """The ids of each sample from index `since` on, padded on the left, so that the last column
         is each row's newest: ids, position, mask (B, T), and audio features (n, encoder dim)."""
-        since = since or [0] * len(samples)
-
-        def pad(rows):
-            rows = [torch.tensor(row, dtype=torch.long) for row in rows]
-            return pad_sequence(rows, batch_first=True, padding_side="left").to(self.device)
-        new = [s.ids[k:] for s, k in zip(samples, since)]
-        position = pad([s.position[k:] for s, k in zip(samples, since)])
-        audio = []
-        for s, ids in zip(samples, new):
-            if AUDIO in ids:
-                audio.append(torch.cat(s.audio)[-ids.count(AUDIO):])  # the newest features
+        new, position, audio = [], [], []
+        for s, start in zip(samples, since or [0] * len(samples)):
+            new.append(s.ids[start:])
+            position.append(s.position[start:])
+            if AUDIO in new[-1]:
+                audio.append(torch.cat(s.audio)[-new[-1].count(AUDIO):])  # the newest features
         audio = torch.cat(audio).to(self.device) if audio else None
-        return pad(new), position, pad([[1] * len(ids) for ids in new]), audio
+        mask = [[1] * len(ids) for ids in new]
+        return *(pad_left(x, self.device) for x in (new, position, mask)), audio
 
     def embed(self, ids, audio):
         """(B, T) ids -> (B, T, D): token embeddings, the projected audio where ids are AUDIO."""
@@ -345,13 +341,9 @@ class Echo(nn.Module):
         """
         ids, position, mask, audio = self.tensors(samples)
         hidden = self.hidden(ids, position, mask, audio)
-        at = []
-        for row, s in enumerate(samples):
-            left = ids.shape[1] - len(s.ids)
-            at += [(row, left + t) for t, trained in enumerate(s.trained) if trained]
-        row, t = torch.tensor(at, device=self.device).T
-        before = hidden[row, t - 1].float() / temperature                 # t - 1 predicts t
-        head, token = self.decoder.lm_head.weight.float(), ids[row, t]
+        trained = pad_left([s.trained for s in samples], self.device)[:, 1:] > 0
+        before = hidden[:, :-1][trained].float() / temperature            # t - 1 predicts t
+        head, token = self.decoder.lm_head.weight.float(), ids[:, 1:][trained]
 
         def log_probs(before, token):
             return -F.cross_entropy(F.linear(before, head), token, reduction="none")
@@ -367,6 +359,12 @@ class Echo(nn.Module):
             n_trained = [sum(samples[i].trained) for i in batch]
             out += self([samples[i] for i in batch], temperature).split(n_trained)
         return out
+
+
+def pad_left(rows, device):
+    """Lists of numbers -> (B, T), the shorter ones with zeros on the left."""
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_side="left").to(device)
 
 
 def micro_batches(samples, budget):
@@ -799,12 +797,14 @@ def set_precision(model, dtype="auto"):
     pretrained = model.config.decoder != "tiny"
     model.bf16 = dtype == "bf16" or dtype == "auto" and pretrained and hardware
     torch.set_float32_matmul_precision("medium" if model.bf16 else "highest")
-    # a policy trains a tiny decoder's embeddings in fp32, so its reference keeps them in fp32
-    table = model.decoder.get_input_embeddings().weight
-    for module in model.decoder.modules() if model.bf16 else ():
-        frozen = isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.requires_grad
-        if frozen and (pretrained or module.weight is not table):
-            module.to(torch.bfloat16)
+    if model.bf16:
+        table = model.decoder.get_input_embeddings().weight
+        for module in model.decoder.modules():
+            matrix = isinstance(module, (nn.Linear, nn.Embedding))
+            if not matrix or module.weight.requires_grad:
+                continue
+            if pretrained or module.weight is not table:  # which a tiny decoder's policy trains
+                module.to(torch.bfloat16)
     return model
 
 
