@@ -10,14 +10,12 @@ Decoding is the very function that train_rl.py rolls out with. Left out: streami
 questions in one conversation, sampling several answers and voting.
 """
 import base64
-import dataclasses
 import json
-import math
 import struct
 import sys
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -27,8 +25,8 @@ from tqdm import tqdm
 
 from echo import (AUDIO, DTYPES, INSERTS, REASONING, REASONS, EchoError, Question, Rollout, Sample,
                   Segment, ask, extract_answer, is_right, load, load_audio, main, parse_settings,
-                  pick_device, read_questions, require, same_answer,
-                  set_precision, set_trainable, split_segments, write_atomically)
+                  pick_device, read_questions, require, same_answer, set_precision, set_trainable,
+                  split_segments, write_atomically)
 from make_data import json_lines, wav_bytes
 
 
@@ -57,49 +55,49 @@ class Settings:
     POSITIONAL = ("clip", "question")
 
 
-def answer(model, questions, waves, settings, first=0, **more):
+def answer(model, questions, waves, settings, first=0, watch=None):
     """Rollouts for some Questions, one each; `first` is the number of the first of them."""
+    seeds = range(settings.seed + first, settings.seed + first + len(waves))
     return ask(model, questions, waves, reasoning=settings.reasoning, insert=settings.insert,
                temperature=settings.temperature, max_new_tokens=settings.max_new_tokens,
-               seeds=range(settings.seed + first, settings.seed + first + len(waves)), **more)
+               seeds=seeds, watch=watch)
 
 
 def trace(rollout):
-    """The part of a Rollout that --json prints."""
-    return {"answer": extract_answer(rollout.text), "response": rollout.text,
-            "segments": [dataclasses.asdict(s) for s in rollout.segments], "ended": rollout.ended}
+    """What --json prints and a benchmark's row keeps of a Rollout, besides the answer."""
+    return {"response": rollout.text, "segments": [asdict(s) for s in rollout.segments],
+            "ended": rollout.ended}
 
 
 # ---------------------------------------------------------------------------------- evaluation
 
 def evaluate(training, model, questions, batch=50, **decoding):
     """Greedy accuracy, by category too, and what was listened to; split over the processes."""
-    mine, responses = questions[training.rank::training.world], []
+    mine, responses, metrics = questions[training.rank::training.world], [], {}
     for at in tqdm(range(0, len(mine), batch), desc="evaluation", leave=False,
                    disable=training.rank > 0):
         some = mine[at:at + batch]
         waves = [load_audio(q.path, model.config.sample_rate) for q in some]
         responses += ask(model, some, waves, temperature=0.0, **decoding)
-    metrics, right = {}, [is_right(r.text, q.answer) for q, r in zip(mine, responses)]
-    for category in (None, *sorted({q.category for q in questions})):
-        here = [ok for ok, q in zip(right, mine) if category in (None, q.category)]
-        n_right, n = training.sum(sum(here), len(here))
-        metrics[category or "accuracy"] = n_right / n
+    for name in ("accuracy", *sorted({q.category for q in questions})):
+        right = [is_right(r.text, q.answer) for r, q in zip(responses, mine)
+                 if name in ("accuracy", q.category)]
+        n_right, n = training.sum(sum(right), len(right))
+        metrics[name] = n_right / n
     metrics |= response_metrics(responses, training.sum)
-    return {f"eval_{k}": v for k, v in metrics.items()}
+    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def response_metrics(responses, total=lambda *counts: counts):
     """Shares and means over Rollouts; METRICS defines each. total: sums counts over processes."""
-    n, heard = len(responses), [s for r in responses for s in r.heard]
-    seconds = sum(s.end_s - s.start_s for s in heard)
+    n, reasons = len(responses), [s.reason for r in responses for s in r.segments]
+    lengths = [s.end_s - s.start_s for r in responses for s in r.heard]
     once = sum(covered(r.heard) for r in responses)
-    reasons = [s.reason for r in responses for s in r.segments]
     computed = sum(r.computed for r in responses)
-    parts = {"segments": (len(heard), n),
-             "segment_s": (seconds, len(heard)),
-             "short_segments": (sum(s.end_s - s.start_s < 0.4 for s in heard), len(heard)),
-             "overlap": (seconds - once, seconds),
+    parts = {"segments": (len(lengths), n),
+             "segment_s": (sum(lengths), len(lengths)),
+             "short_segments": (sum(length < 0.4 for length in lengths), len(lengths)),
+             "overlap": (sum(lengths) - once, sum(lengths)),
              "listened_once": (sum(len(r.heard) >= 1 for r in responses), n),
              "listened_twice": (sum(len(r.heard) >= 2 for r in responses), n),
              "truncated": (sum(r.ended == "length" for r in responses), n),
@@ -132,31 +130,30 @@ def answer_clip(model, settings):
     elif not settings.question:
         raise EchoError('no question: python generate.py clip.wav "question" --choices a b c d')
     wave = load_audio(q.path, model.config.sample_rate)
-    shown = 0
+    shown, began = 0, time.time()
 
     def stream(row, segment):
         nonlocal shown
-        print(row.text[shown:], end="", flush=True)
-        shown = len(row.text)
-        if segment:
-            place = f"{segment.start_s:.2f} to {segment.end_s:.2f} s" if segment.heard else ""
-            what = f"listens to {place}" if segment.heard else f"not heard: {segment.reason}"
-            print(f" [{what}]", end="", flush=True)
-    if not settings.json:
-        seconds = len(wave) / model.config.sample_rate
-        print(f"{q.path} ({seconds:.1f} s)\n{q.question} {', '.join(q.choices)}\n")
-    began = time.time()
-    rollout = answer(model, [q], [wave], settings, watch=None if settings.json else stream)[0]
+        text, shown = row.text[shown:], len(row.text)
+        if segment and segment.heard:
+            text += f" [listens to {segment.start_s:.2f} to {segment.end_s:.2f} s]"
+        elif segment:
+            text += f" [not heard: {segment.reason}]"
+        print(text, end="", flush=True)
     if settings.json:
-        print(json.dumps(trace(rollout), ensure_ascii=False))
+        rollout = answer(model, [q], [wave], settings)[0]
+        said = {"answer": extract_answer(rollout.text), **trace(rollout)}
+        print(json.dumps(said, ensure_ascii=False))
     else:
+        print(f"{q.path} ({len(wave) / model.config.sample_rate:.1f} s)\n"
+              f"{q.question} {', '.join(q.choices)}\n")
+        rollout = answer(model, [q], [wave], settings, watch=stream)[0]
         said = extract_answer(rollout.text)
         said = "(none: no single <answer> block)" if said is None else said
         truth = f"   truth: {q.answer}" if q.answer else ""
         print(f"\n\nanswer: {said}{truth}   ({time.time() - began:.1f} s)")
     if settings.html:
         trace_page(settings.html, model, wave, q, rollout, settings)
-        print(f"wrote {settings.html}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------- a benchmark
@@ -170,7 +167,7 @@ def run_benchmark(model, settings):
     """
     questions = read_questions(settings.benchmark, settings.audio_root, needs=())
     questions = questions[:settings.limit or None]
-    part, done = open_part(settings, questions)
+    part, done = open_part(settings) if settings.output else (None, [])
     for at in tqdm(range(len(done), len(questions), settings.batch), unit="batch",
                    desc=Path(settings.benchmark).name):
         rows = answer_batch(model, questions[at:at + settings.batch], settings, at)
@@ -179,53 +176,46 @@ def run_benchmark(model, settings):
             with open(part, "a", encoding="utf-8") as file:
                 file.write(json_lines(rows))
     if part:
-        with open(settings.benchmark, encoding="utf-8-sig") as file:
-            as_list = file.read(4096).lstrip().startswith("[")
-        text = json.dumps(done, ensure_ascii=False, indent=2) if as_list else json_lines(done)
+        text = json_lines(done)
+        if Path(settings.benchmark).read_text(encoding="utf-8-sig").lstrip().startswith("["):
+            text = json.dumps(done, ensure_ascii=False, indent=2)
         write_atomically(settings.output, text)
         part.unlink()
     if settings.html:
         index_page(settings.html, questions, done, model.config.sample_rate)
-        print(f"wrote {settings.html}", file=sys.stderr)
     summary = summarise(questions, done)
     print(json.dumps(summary) if settings.json else readable(summary))
-    broken = [str(r.get("id")) for r in done if "error" in r]
+    broken = [str(row.get("id")) for row in done if "error" in row]
     if broken:
-        print(f"{len(broken)} of {len(done)} rows can't be answered: {', '.join(broken[:5])}"
-              + " ..." * (len(broken) > 5), file=sys.stderr)
+        some = ", ".join(broken[:5] + ["..."] * (len(broken) > 5))
+        print(f"{len(broken)} of {len(done)} rows can't be answered: {some}", file=sys.stderr)
     return 1 if broken else 0
 
 
-def open_part(settings, questions):
-    """The path of OUTPUT.part and the rows that an interrupted run left there; its first line holds
-    the settings of that run."""
-    if not settings.output:
-        return None, []
+def open_part(settings):
+    """The path of OUTPUT.part, and the rows in it; its first line holds the run's settings."""
     if Path(settings.output).is_dir():
         raise EchoError(f"--output {settings.output}: a folder; give the name of a file in it")
-    part = Path(settings.output + ".part")
-    run = json.loads(json.dumps(dataclasses.asdict(settings)))
-    for free in ("json", "html", "device", "batch"):
-        del run[free]
-    done = []
+    part, done = Path(settings.output + ".part"), []
+    run = {k: getattr(settings, k) for k in (
+        "model", "reasoning", "insert", "temperature", "max_new_tokens", "seed", "dtype",
+        "benchmark", "audio_root", "limit")}
     if part.is_file():
-        whole = part.read_text(encoding="utf-8")
-        lines = whole[:whole.rfind("\n") + 1].split("\n")[:-1]  # a half-written one is done again
-        begun = json.loads(lines[0]) if lines else {}
-        if begun != run:
-            other = [k for k in run if begun.get(k) != run[k]]
+        lines = part.read_text(encoding="utf-8").split("\n")[:-1]  # a half-written one: done again
+        begun, *done = [json.loads(line) for line in lines] or [{}]
+        other = [k for k in run if begun.get(k) != run[k]]
+        if other:
             raise EchoError(f"{part}: left by a run with another {', '.join(other)}; give the same "
                             "flags, or delete it")
-        done = [json.loads(line) for line in lines[1:]]
     write_atomically(part, json_lines([run, *done]))
     return part, done
 
 
 def answer_batch(model, questions, settings, first):
-    """The answered rows of the questions from number `first` on. One that can't be answered, its
-    audio broken or its text too long, is found by halving the batch, and gets an empty prediction
-    and the error."""
-    began = time.time()
+    """The answered rows of the questions from number `first` on. One that can't be answered (broken
+    audio, too long a text) is found by halving the batch, and gets an empty response and the error.
+    """
+    began, rows, problem = time.time(), [], {}
     try:
         waves = [load_audio(q.path, model.config.sample_rate) for q in questions]
         responses = answer(model, questions, waves, settings, first)
@@ -235,16 +225,21 @@ def answer_batch(model, questions, settings, first):
             return (answer_batch(model, questions[:half], settings, first)
                     + answer_batch(model, questions[half:], settings, first + half))
         tqdm.write(f"row {questions[0].row.get('id')}: {error}")
-        return [{**questions[0].row, "answer_prediction": "", "model_output": "", "response": "",
-                 "segments": [], "ended": None, "seconds": 0.0, "error": str(error)}]
-    seconds, rows = round((time.time() - began) / len(questions), 4), []
+        responses, problem = [Rollout(Sample(), None, None)], {"error": str(error)}
+    seconds = round((time.time() - began) / len(questions), 4)
     for q, response in zip(questions, responses):
-        said = trace(response)
-        text = said.pop("answer") or ""
-        rows.append({**q.row, "answer_prediction": text, "model_output": text, **said,
+        said = extract_answer(response.text) or ""
+        rows.append({**q.row, "answer_prediction": said, "model_output": said, **trace(response),
                      "seconds": seconds, "audio_tokens": response.sample.ids.count(AUDIO),
-                     "length": len(response.logprobs)})
+                     "length": len(response.logprobs), **problem})
     return rows
+
+
+def rollout_of(row):
+    """The Rollout that an answered row tells of, without its ids."""
+    segments = [Segment(**s) for s in row["segments"]]
+    return Rollout(Sample(), None, None, text=row["response"], segments=segments,
+                   ended=row["ended"])
 
 
 def summarise(questions, rows):
@@ -258,11 +253,9 @@ def summarise(questions, rows):
             low, high = interval(sum(right), len(right))
             summary["accuracy"][name] = {"right": sum(right), "of": len(right), "low": low,
                                          "accuracy": sum(right) / len(right), "high": high}
-    traces = [Rollout(Sample(), None, None, text=r["response"], ended=r["ended"],
-                      segments=[Segment(**s) for s in r["segments"]]) for r in rows]
-    summary |= response_metrics(traces)
+    summary |= response_metrics([rollout_of(row) for row in rows])
     for key in ("seconds", "audio_tokens", "length"):
-        summary[key] = sum(r.get(key, 0) for r in rows) / len(rows)
+        summary[key] = sum(row[key] for row in rows) / len(rows)
     del summary["padding"]
     return summary
 
@@ -271,25 +264,26 @@ def interval(right, n):
     """The Wilson 95% interval of a share, right of n."""
     p, z = right / n, 1.96
     middle = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def readable(summary):
-    lines, s = [], summary
-    for name, a in s.get("accuracy", {}).items():
-        lines.append(f"{name:<14}{a['accuracy']:7.1%}   95%: {a['low']:.1%} to {a['high']:.1%}"
-                     f"   ({a['right']} of {a['of']})")
-    rejected = [f"{r} {s['rejected_' + r.replace(' ', '_')]:.1%}" for r in REASONS
-                if s["rejected_" + r.replace(" ", "_")]]
-    lines += [f"segments a response {s['segments']:.2f}   mean length {s['segment_s']:.2f} s"
-              f"   overlap {s['overlap']:.2f}   under 0.4 s {s['short_segments']:.1%}",
-              f"listened at least once {s['listened_once']:.1%}   twice {s['listened_twice']:.1%}",
-              f"no answer {s['no_answer']:.1%}   truncated {s['truncated']:.1%}   rejected tags "
-              f"{', '.join(rejected) or 'none'}",
-              f"a question: {s['audio_tokens']:.0f} audio tokens, {s['length']:.0f} sampled, "
-              f"{s['seconds']:.3f} s"]
-    return "\n".join(lines)
+    text, rejected = "", []
+    for name, a in summary.get("accuracy", {}).items():
+        text += (f"{name:<14}{a['accuracy']:7.1%}   95%: {a['low']:.1%} to {a['high']:.1%}"
+                 f"   ({a['right']} of {a['of']})\n")
+    for reason in REASONS:
+        share = summary["rejected_" + reason.replace(" ", "_")]
+        if share:
+            rejected.append(f"{reason} {share:.1%}")
+    return text + """\
+segments a response {segments:.2f}   mean length {segment_s:.2f} s   overlap {overlap:.2f}   \
+under 0.4 s {short_segments:.1%}
+listened at least once {listened_once:.1%}   twice {listened_twice:.1%}
+no answer {no_answer:.1%}   truncated {truncated:.1%}   rejected tags {rejected}
+a question: {audio_tokens:.0f} audio tokens, {length:.0f} sampled, {seconds:.3f} s""".format(
+        rejected=", ".join(rejected) or "none", **summary)
 
 
 # ==================================================================================================
@@ -297,61 +291,52 @@ def readable(summary):
 
 COLOURS = ("#d9480f", "#1971c2", "#2f9e44", "#9c36b5", "#c2255c", "#0c8599", "#e67700", "#5f3dc4")
 STYLE = """<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>$title</title><style>
-:root{color-scheme:light dark;--soft:light-dark(#666,#a0a0a0);--line:#8884;--card:#8881}
-body{margin:0 auto;padding:1rem;max-width:60rem;font:16px/1.5 system-ui,sans-serif}
-h1{font-size:1.3rem}h2{font-size:1.05rem;margin:1.5rem 0 .4rem}ul{padding-left:1.2rem}
-.soft,.axis,.grid p{color:var(--soft)}.axis,.grid p{font-size:.8rem;margin:.2rem 0 0}
-.spectrogram{position:relative}.spectrogram img{width:100%;height:12rem;display:block}
-.span,.cursor{position:absolute;top:0;bottom:0;box-sizing:border-box}
-.span{border:solid;border-width:0 2px}.cursor{width:1px;background:#fff}
-.axis{display:flex;justify-content:space-between}audio{width:100%;margin:.4rem 0}
-.response,svg{background:var(--card);border-radius:.5rem}
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root{color-scheme:light dark;--soft:light-dark(#666,#a0a0a0)}h1{font-size:1.3rem}h2{font-size:1rem}
+body{margin:auto;padding:1rem;max-width:60rem;font:16px/1.5 system-ui,sans-serif}
+.soft,.axis,.grid p{color:var(--soft)}.axis,.grid p{font-size:.8rem;margin:0}
+.spectrogram{position:relative}img{width:100%;height:12rem;display:block}audio{width:100%}
+.span,.cursor{position:absolute;top:0;bottom:0;box-sizing:border-box;border:solid var(--c,#fff)}
+.span{border-width:0 2px;background:color-mix(in srgb,var(--c) 27%,#0000)}
+.cursor{border-width:0 0 0 1px}.axis{display:flex;justify-content:space-between}
+.response,svg{background:#8881;border-radius:8px}svg text{fill:var(--soft);font-size:11px}
 .response{padding:.8rem;overflow-wrap:anywhere;white-space:pre-wrap}
-.chip{font:inherit;color:#fff;border:0;border-radius:1rem;padding:.05rem .6rem;cursor:pointer}
-.rejected{color:var(--soft);border:1px dashed;cursor:default}
-.right{color:#2f9e44}.wrong{color:#e03131}
-svg{width:100%;height:auto}svg text{fill:var(--soft);font:11px system-ui,sans-serif}
+.chip{font:inherit;color:var(--soft);border:1px dashed;border-radius:1rem;padding:0 .6rem}
+button.chip{color:#fff;background:var(--c);border:0;cursor:pointer}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1rem}
-details{border-bottom:1px solid var(--line);padding:.4rem 0}summary{cursor:pointer}
+details{border-bottom:1px solid #8884;padding:.4rem 0}.right{color:#2f9e44}.wrong{color:#e03131}
 </style>"""
 SCRIPT = """<script>
 for (const clip of document.querySelectorAll('.clip')) {
   const audio = clip.querySelector('audio'), cursor = clip.querySelector('.cursor');
-  let stop = null;
-  clip.addEventListener('click', e => {
-    const chip = e.target.closest('[data-start]');
-    if (chip) { audio.currentTime = +chip.dataset.start; stop = +chip.dataset.end; audio.play(); }
-  });
-  (function tick() {
-    if (stop !== null && audio.currentTime >= stop) { audio.pause(); stop = null; }
-    if (audio.duration) cursor.style.left = 100 * audio.currentTime / audio.duration + '%';
-    requestAnimationFrame(tick);
-  })();
+  let end = Infinity;
+  clip.onclick = event => {
+    const part = event.target.closest('[data-start]');
+    if (part) { audio.currentTime = part.dataset.start; end = +part.dataset.end; audio.play(); }
+  };
+  setInterval(() => {
+    if (audio.currentTime >= end) { audio.pause(); end = Infinity; }
+    cursor.style.left = 100 * audio.currentTime / audio.duration + '%';
+  }, 20);
 }
-const shown = (d, k) => ['', d.dataset[k]].includes(document.getElementById(k).value);
-for (const select of document.querySelectorAll('select')) select.addEventListener('change', () => {
-  for (const d of document.querySelectorAll('details'))
-    d.hidden = !(shown(d, 'right') && shown(d, 'kind'));
-});
+const filters = [...document.querySelectorAll('select')];
+for (const filter of filters) filter.onchange = () => {
+  for (const row of document.querySelectorAll('details'))
+    row.hidden = filters.some(f => f.value && f.value !== row.dataset[f.id]);
+};
 </script>"""
 
 
 def page(path, title, body):
-    write_atomically(path, STYLE.replace("$title", escape(title)) + body + SCRIPT + "</html>")
+    write_atomically(path, f"{STYLE}<title>{escape(title)}</title>{body}{SCRIPT}")
 
 
-def data_uri(kind, raw):
-    return f"data:{kind};base64,{base64.b64encode(raw).decode()}"
-
-
-def spectrogram_png(wave, sample_rate, columns=600):
-    """A grey PNG of the log-mel power of a waveform, low pitches at the bottom."""
-    wave = torch.nn.functional.pad(wave, (0, max(0, 1024 - len(wave))))
-    hop = max(1, len(wave) // columns)
-    mel = torchaudio.transforms.MelSpectrogram(sample_rate, 1024, hop_length=hop, n_mels=64)(wave)
-    decades = mel.clamp_min(1e-8).log10() - mel.max().clamp_min(1e-8).log10()
-    pixels = ((decades.clamp_min(-6) / 6 + 1).flip(0) * 255).byte().numpy()
+def spectrogram_png(wave, sample_rate):
+    """A grey PNG of the log-mel power of a waveform, 60 dB, low pitches at the bottom."""
+    mel = torchaudio.transforms.MelSpectrogram(
+        sample_rate, 1024, hop_length=max(1, len(wave) // 600), n_mels=64, pad_mode="constant")
+    db = torchaudio.transforms.AmplitudeToDB(top_db=60)(mel(wave))
+    pixels = (((db - db.max()) / 60 + 1).flip(0) * 255).byte().numpy()
 
     def chunk(name, raw):
         return struct.pack(">I", len(raw)) + name + raw + struct.pack(">I", zlib.crc32(name + raw))
@@ -363,85 +348,77 @@ def spectrogram_png(wave, sample_rate, columns=600):
 
 def chart(series, x_label, width=520, height=190):
     """An SVG line chart; series: (name, colour, [(x, y), ...], dashed)."""
-    points = [p for _, _, line, _ in series for p in line] or [(0, 0)]
+    points = [point for _, _, line, _ in series for point in line] or [(0, 0)]
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    x0, x1, y0 = min(xs), max(max(xs), min(xs) + 1), min(0.0, *ys)
-    y1 = 1.0 if 0.5 < max(ys) <= 1 else max(ys) * 1.05 if max(ys) > 0 else 0.0 if y0 < 0 else 1.0
+    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(0.0, *ys), max(0.0, *ys)
+    if 0.5 < y1 < 1 or y0 == y1:  # a share, or nothing
+        y1 = 1.0
     left, right, top, bottom = 64, width - 10, 22, height - 24
-
-    def at(x, y):
-        return (left + (x - x0) / (x1 - x0) * (right - left),
-                bottom - (y - y0) / (y1 - y0) * (bottom - top))
-    out = [f'<svg viewBox="0 0 {width} {height}" role="img">']
-    for y in (y0, (y0 + y1) / 2, y1):
-        down = at(x0, y)[1]
-        out.append(f'<path d="M{left} {down:.1f}H{right}" stroke="var(--line)"/>'
-                   f'<text x="{left - 4}" y="{down + 4:.1f}" text-anchor="end">{y:.3g}</text>')
-    out.append(f'<text x="{left}" y="{height - 6}">{x0:g}</text><text x="{right}" y="{height - 6}" '
-               f'text-anchor="end">{escape(x_label)} {x1:g}</text>')
-    dashes = 'stroke-dasharray="5 4"'
+    out = (f'<svg viewBox="0 0 {width} {height}" role="img"><text x="{left}" y="{height - 6}">'
+           f'{x0:g}</text><text x="{right}" y="{height - 6}" text-anchor="end">'
+           f'{escape(x_label)} {x1:g}</text>')
+    for y, down in ((y0, bottom), ((y0 + y1) / 2, (bottom + top) / 2), (y1, top)):
+        out += (f'<path d="M{left} {down}H{right}" stroke="#8884"/>'
+                f'<text x="{left - 4}" y="{down + 4}" text-anchor="end">{y:.3g}</text>')
+    across, up = (right - left) / (x1 - x0), (bottom - top) / (y1 - y0)
     for i, (name, colour, line, dashed) in enumerate(series):
-        d = "M" + "L".join("{:.1f} {:.1f}".format(*at(x, y)) for x, y in line) if line else ""
-        out.append(f'<path d="{d}" fill="none" stroke="{colour}" stroke-width="2" '
-                   f'{dashes * dashed}/>'
-                   f'<text x="{left + width // 3.4 * i:.0f}" y="13" style="fill:{colour}">'
-                   f'{escape(name)}</text>')
-    return "".join(out) + "</svg>"
+        at = " ".join(f"{left + across * (x - x0):.1f},{bottom - up * (y - y0):.1f}"
+                      for x, y in line)
+        out += (f'<polyline points="{at}" fill="none" stroke="{colour}" stroke-width="2" '
+                f'stroke-dasharray="{"5 4" if dashed else "none"}"/><text style="fill:{colour}" '
+                f'x="{left + width // 3.4 * i:.0f}" y="13">{escape(name)}</text>')
+    return out + "</svg>"
 
 
-def response_html(response, segments):
-    """The response as it was written, a chip for every closed tag."""
-    pairs, rest = split_segments(response)
-    out = []
-    for i, ((before, inside), s) in enumerate(zip(pairs, segments)):
-        label = escape("</seg>" if inside is None else f"<seg>{inside}</seg>")
-        out.append(escape(before))
-        if s["heard"]:
-            out.append(f'<button class="chip" style="background:{COLOURS[i % 8]}" '
-                       f'title="play this part" data-start="{s["start_s"]}" '
-                       f'data-end="{s["end_s"]}">&#9654; {label}</button>')
+def response_html(rollout, seconds):
+    """The response, a chip for every closed tag; and spans of the clip for what was heard."""
+    pairs, rest = split_segments(rollout.text)
+    response, spans = "", ""
+    for i, ((before, inside), s) in enumerate(zip(pairs, rollout.segments)):
+        tag = escape("</seg>" if inside is None else f"<seg>{inside}</seg>")
+        if not s.heard:
+            chip = f'<span class="chip">{tag} &#10007; {escape(s.reason)}</span>'
         else:
-            out.append(f'<span class="chip rejected">{label} &#10007; {escape(s["reason"])}</span>')
-    return "".join(out) + escape(rest)
+            part = (f'data-start="{s.start_s}" data-end="{s.end_s}" style="--c:{COLOURS[i % 8]};'
+                    f'left:{s.start_s / seconds:.2%};right:{1 - s.end_s / seconds:.2%}"')
+            chip = f'<button class="chip" {part} title="play this part">&#9654; {tag}</button>'
+            spans += f'<div class="span" {part}></div>'  # left and right don't move the chip
+        response += escape(before) + chip
+    return response + escape(rest), spans
 
 
-def clip_html(wave, sample_rate, q, row):
+def verdict(q, said):
+    """right or wrong; nothing where the truth is not known."""
+    if not q.answer:
+        return ""
+    return "right" if same_answer(said, q.answer) else "wrong"
+
+
+def clip_html(wave, sample_rate, q, rollout):
     """Spectrogram with the segments' spans, player, response with its chips, answer and choices."""
-    seconds, spans, items = len(wave) / sample_rate, "", ""
-    for i, s in enumerate(row["segments"]):
-        if s["heard"]:
-            left, width = 100 * s["start_s"] / seconds, 100 * (s["end_s"] - s["start_s"]) / seconds
-            spans += (f'<div class="span" data-start="{s["start_s"]}" data-end="{s["end_s"]}" '
-                      f'style="border-color:{COLOURS[i % 8]};background:{COLOURS[i % 8]}44;'
-                      f'left:{left:.2f}%;width:{width:.2f}%"></div>')
-    said = row["answer"] or ""
-    for c in q.choices:
-        mark = " &larr; answer" if same_answer(c, said) else ""
-        if q.answer and same_answer(c, q.answer):
+    seconds, said, choices = len(wave) / sample_rate, extract_answer(rollout.text) or "", ""
+    response, spans = response_html(rollout, seconds)
+    for choice in q.choices:
+        mark = " &larr; answer" if same_answer(choice, said) else ""
+        if verdict(q, choice) == "right":
             mark += ' <b class="right">&#10003; truth</b>'
-        items += f"<li>{escape(c)}{mark}</li>"
-    verdict = ""
-    if q.answer:
-        verdict = "right" if same_answer(said, q.answer) else "wrong"
+        choices += f"<li>{escape(choice)}{mark}</li>"
+    right = verdict(q, said)
     ticks = "".join(f"<span>{seconds * i / 6:.1f} s</span>" for i in range(7))
-    picture = data_uri("image/png", spectrogram_png(wave, sample_rate))
-    sound = data_uri("audio/wav", wav_bytes(wave.numpy().clip(-1, 1), sample_rate))
-    return ('<div class="clip"><div class="spectrogram">'
-            f'<img alt="spectrogram" src="{picture}">{spans}<div class="cursor"></div></div>'
-            f'<div class="axis">{ticks}</div>'
-            f'<audio controls src="{sound}"></audio><p><b>{escape(q.question)}</b></p>'
-            f'<div class="response">{response_html(row["response"], row["segments"])}</div>'
-            f'<p>Answer: <b>{escape(said or "none")}</b> <b class="{verdict}">{verdict}</b> '
-            f'<span class="soft">ended: {row["ended"]}</span></p><ul>{items}</ul></div>')
+    picture = base64.b64encode(spectrogram_png(wave, sample_rate)).decode()
+    sound = base64.b64encode(wav_bytes(wave.numpy().clip(-1, 1), sample_rate)).decode()
+    return f"""<div class="clip"><div class="spectrogram">
+<img alt="spectrogram" src="data:image/png;base64,{picture}">{spans}<div class="cursor"></div></div>
+<div class="axis">{ticks}</div><audio controls src="data:audio/wav;base64,{sound}"></audio>
+<p><b>{escape(q.question)}</b></p><div class="response">{response}</div>
+<p>Answer: <b>{escape(said or "none")}</b> <b class="{right}">{right}</b>
+<span class="soft">ended: {rollout.ended}</span></p><ul>{choices}</ul></div>"""
 
 
 @torch.no_grad()
 def attention_shares(model, rollout):
     """The attention on audio tokens at each step of a response: (steps, 2), first listen and
-    re-listened segments.
-
-    Averaged over layers and heads; one uncached pass over the whole sequence gives all steps.
-    """
+    re-listened segments. One uncached pass gives all steps; mean over layers and heads."""
     implementation = model.decoder.config._attn_implementation
     model.decoder.set_attn_implementation("eager")  # the one that returns its weights
     ids, position, mask, audio = model.tensors([rollout.sample])
@@ -459,39 +436,36 @@ def attention_shares(model, rollout):
 
 def trace_page(path, model, wave, q, rollout, settings):
     """The page of one clip, with the attention on audio at each step, and that in text decoding."""
-    text = dataclasses.replace(settings, reasoning="text", temperature=0.0)
+    text = replace(settings, reasoning="text", temperature=0.0)
     text_only = answer(model, [q], [wave], text)[0]
     shares, text_shares = (attention_shares(model, r) for r in (rollout, text_only))
     series = [("first listen", COLOURS[1], list(enumerate(shares[:, 0].tolist())), False),
               ("re-listened segments", COLOURS[0], list(enumerate(shares[:, 1].tolist())), False),
               ("text decoding", "#868e96", list(enumerate(text_shares[:, 0].tolist())), True)]
     late, text_late = (x[25:].sum(1).mean().nan_to_num() for x in (shares, text_shares))
-    clip = clip_html(wave, model.config.sample_rate, q, trace(rollout))
-    body = (f"<h1>Echo listens again</h1>{clip}"
-            f"<h2>Attention on audio tokens at each decoding step</h2>{chart(series, 'step')}"
-            f"<p class=soft>Mean over layers and heads. From step 25 on: {late:.1%} here, "
-            f"{text_late:.1%} in the text decoding of the same question. The paper reports 10-14% "
-            "interleaved and below 5% in text, for a model of 7 billion parameters.</p>")
-    page(path, "Echo: a trace", body)
+    page(path, "Echo: a trace", f"""<h1>Echo listens again</h1>
+{clip_html(wave, model.config.sample_rate, q, rollout)}
+<h2>Attention on audio tokens at each decoding step</h2>{chart(series, "step")}
+<p class="soft">Mean over layers and heads. From step 25 on: {late:.1%} here, {text_late:.1%} in the
+text decoding of the same question. The paper reports 10-14% interleaved and below 5% in text, for a
+model of 7 billion parameters.</p>""")
 
 
 def index_page(path, questions, rows, sample_rate, limit=60):
     """Traces of a benchmark run, with filters; the first `limit`, since each carries its audio."""
-    parts, kinds = [], sorted({q.category for q in questions})
-    for q, row in [(q, r) for q, r in zip(questions, rows) if "error" not in r][:limit]:
-        row = row | {"answer": row["answer_prediction"]}
-        right = "" if not q.answer else "right" if same_answer(row["answer"], q.answer) else "wrong"
-        wave = load_audio(q.path, sample_rate)
-        parts.append(f'<details data-kind="{escape(q.category)}" data-right="{right}"><summary>'
-                     f'<b class="{right}">{right}</b> {escape(str(q.row.get("id", "")))}: '
-                     f'{escape(q.question)}</summary>'
-                     f'{clip_html(wave, sample_rate, q, row)}</details>')
-    options = "".join(f'<option value="{escape(k)}">{escape(k)}</option>' for k in kinds)
-    page(path, "Echo: traces",
-         f'<h1>{len(parts)} of {len(rows)} traces</h1><p><select id="right"><option value="">'
-         "right and wrong</option><option>right</option><option>wrong</option></select> "
-         f'<select id="kind"><option value="">all kinds</option>{options}</select></p>'
-         + "".join(parts))
+    answered = [(q, row) for q, row in zip(questions, rows) if "error" not in row][:limit]
+    body, kinds = f"<h1>{len(answered)} of {len(rows)} traces</h1>", {q.category for q in questions}
+    for key, every, values in (("right", "right and wrong", ("right", "wrong")),
+                               ("kind", "all kinds", sorted(kinds))):
+        options = "".join(f'<option value="{escape(v)}">{escape(v)}</option>' for v in values)
+        body += f'<select id="{key}"><option value="">{every}</option>{options}</select> '
+    for q, row in answered:
+        right = verdict(q, row["answer_prediction"])
+        clip = clip_html(load_audio(q.path, sample_rate), sample_rate, q, rollout_of(row))
+        body += (f'<details data-kind="{escape(q.category)}" data-right="{right}"><summary>'
+                 f'<b class="{right}">{right}</b> {escape(str(q.row.get("id", "")))}: '
+                 f'{escape(q.question)}</summary>{clip}</details>')
+    page(path, "Echo: traces", body)
 
 
 METRICS = {  # every metric of a log; eval_: on held-out clips, greedy
@@ -541,37 +515,36 @@ def plain_name(metric):
     return "rejected" if metric.startswith("rejected_") else metric
 
 
-def read_log(folder):
-    if not (Path(folder) / "log.jsonl").is_file():
-        raise EchoError(f"{folder}: no log.jsonl; give the folder of a run")
-    lines = (Path(folder) / "log.jsonl").read_text().split("\n")
-    return [json.loads(line) for line in lines if line.endswith("}")]
+def charts(runs):
+    """A chart for each metric that is not always 0 in the logs of some runs."""
+    logs, cards = [], ""
+    for run in runs:
+        if not (run / "log.jsonl").is_file():
+            raise EchoError(f"{run}: no log.jsonl; give the folder of a run")
+        lines = (run / "log.jsonl").read_text().split("\n")
+        logs.append([json.loads(line) for line in lines if line.endswith("}")])
+    for name in dict.fromkeys(k for log in logs for entry in log for k in entry if k != "step"):
+        series = []
+        for i, (run, log) in enumerate(zip(runs, logs)):
+            line = [(entry["step"], entry[name]) for entry in log if name in entry]
+            series.append((run.name, COLOURS[i], line, i > 0))
+        if any(y for _, _, line, _ in series for _, y in line):
+            cards += (f"<div><b>{escape(name)}</b>{chart(series, 'step', 320, 150)}"
+                      f"<p>{escape(METRICS.get(plain_name(name), ''))}</p></div>")
+    return f'<div class="grid">{cards}</div>'
 
 
 def report_page(folder, against=""):
     """report.html in a run's folder: a chart for each metric of its log, and of the runs before."""
     folder, begun = Path(folder), Path(folder) / "settings.json"
-    parts = [("", [folder] + [Path(against)] * bool(against))]
-    if begun.is_file() and (model := json.loads(begun.read_text()).get("model")):
-        for stage in (Path(model), Path(model).parent / "base"):
-            if (stage / "log.jsonl").is_file():
-                parts.append((f"Before it: {stage.name}", [stage]))
-    body = ""
-    for title, runs in parts:
-        logs, cards = [(run.name, read_log(run)) for run in runs], ""
-        names = dict.fromkeys(k for _, log in logs for entry in log for k in entry)
-        for name in names:
-            series = []
-            for i, (run, log) in enumerate(logs):
-                line = [(entry["step"], entry[name]) for entry in log if name in entry]
-                series.append((run, COLOURS[i], line, i > 0))
-            if name != "step" and any(y for _, _, line, _ in series for _, y in line):
-                meaning = METRICS.get(name) or METRICS.get(plain_name(name), "")
-                cards += (f"<div><b>{escape(name)}</b>{chart(series, 'step', 320, 150)}"
-                          f"<p>{escape(meaning)}</p></div>")
-        body += f"<h2>{escape(title)}</h2>" * bool(title) + f'<div class="grid">{cards}</div>'
-    runs = escape(" and ".join(run.name for run in parts[0][1]))
-    page(folder / "report.html", f"Echo: {folder.name}", f"<h1>How {runs} learned</h1>{body}")
+    runs = [folder, Path(against)] if against else [folder]
+    names = escape(" and ".join(run.name for run in runs))
+    body = f"<h1>How {names} learned</h1>{charts(runs)}"
+    model = json.loads(begun.read_text()).get("model") if begun.is_file() else None
+    for stage in (Path(model), Path(model).parent / "base") if model else ():
+        if (stage / "log.jsonl").is_file():
+            body += f"<h2>Before it: {escape(stage.name)}</h2>{charts([stage])}"
+    page(folder / "report.html", f"Echo: {folder.name}", body)
 
 
 def run():
@@ -583,9 +556,10 @@ def run():
     model = load(settings.model, pick_device(settings.device))
     set_trainable(model, "none")
     set_precision(model, settings.dtype)
-    if settings.benchmark:
-        return run_benchmark(model, settings)
-    return answer_clip(model, settings)
+    code = run_benchmark(model, settings) if settings.benchmark else answer_clip(model, settings)
+    if settings.html:
+        print(f"wrote {settings.html}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

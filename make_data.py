@@ -18,6 +18,7 @@ import re
 import wave
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,11 +118,8 @@ def from_edge(n_pulses, t):
 
 
 def pulse_train(n_pulses, n_samples, ramp_s=0.004):
-    """(n_samples,) envelope of equal pulses, on 60% of the time, symmetric about the middle.
-
-    Both halves of the second carry the same power whatever the number, so an average over half a
-    second (the first listen) says nothing about the number.
-    """
+    """(n_samples,) envelope of equal pulses, on 60% of the time. It is symmetric about the middle:
+    an average over half a second (the first listen) says nothing about the number."""
     edge = from_edge(n_pulses, (np.arange(n_samples) + 0.5) / n_samples)
     return np.clip(edge / n_pulses * SOUND_S / ramp_s + 0.5, 0, 1)  # ramps centred on the edges
 
@@ -139,10 +137,8 @@ def room(t, rng):
 
 
 def synthesise(rng, sounds=None):
-    """One clip: (N,) float samples in [-1, 1] and its events, in order of time.
-
-    sounds: recordings by kind; None: the synthetic kinds.
-    """
+    """One clip: (N,) float samples in [-1, 1] and its events, in order of time. sounds: recordings
+    by kind; None: the synthetic kinds."""
     n_sounds = int(rng.integers(3, 5))
     slots, per_sound = round(CLIP_S / GRID_S), round(SOUND_S / GRID_S)
     gaps = np.sort(rng.integers(0, slots - n_sounds * per_sound + 1, n_sounds))  # slots before each
@@ -166,9 +162,9 @@ def synthesise(rng, sounds=None):
 
 
 def describe(events):
-    """A1..A5 of a clip, from its true events."""
-    names = [f"a {e['kind']}" for e in events]
-    return {"A1_description": f"A recording with {', '.join(names[:-1])} and {names[-1]}.",
+    """A1..A5 of a clip."""
+    *names, last = (f"a {e['kind']}" for e in events)
+    return {"A1_description": f"A recording with {', '.join(names)} and {last}.",
             "A2_speech": "none", "A3_music": "none", "A4_events": events, "A5_duration_s": CLIP_S}
 
 
@@ -176,19 +172,16 @@ def describe(events):
 
 def look_for(event):
     """The sentence that points at a sound, and says what is heard there."""
-    return f"I look for the {event['kind']} {seg(event)} {heard(event)}"
+    return f"I look for the {event['kind']} {heard(event)}"
 
 
 def then_comes(event):
-    return f"Right after it {seg(event)} {heard(event)}"
-
-
-def seg(event):
-    return f"<seg>{event['start_s']:.1f}, {event['end_s']:.1f}</seg>"
+    return f"Right after it {heard(event)}"
 
 
 def heard(event):
-    return f"the {event['kind']} has {NUMBERS[event['pulses']]} pulses."
+    return (f"<seg>{event['start_s']:.1f}, {event['end_s']:.1f}</seg> "
+            f"the {event['kind']} has {NUMBERS[event['pulses']]} pulses.")
 
 
 STEP = re.compile(r"(?:I look for the (\S+)|Right after it) <seg>([^<]*)</seg>"
@@ -206,97 +199,66 @@ def write_row(category, events, rng, kinds=SYNTHETIC):
         "count_after": (f"How many pulses has the sound right after the {kind}?",
                         NUMBERS[after["pulses"]]),
     }[category]
-    pool = [x for x in (kinds if category == "order" else NUMBERS.values())
-            if x not in (answer, kind)]
-    choices = [str(c) for c in rng.permutation([answer, *rng.choice(pool, 3, replace=False)])]
-    steps = [look_for(event)] + ([then_comes(after)] if category != "count" else [])
-    cot = f"<think>{' '.join(steps)}</think><answer>{answer}</answer>"
+    pool = kinds if category == "order" else NUMBERS.values()
+    wrong = rng.choice([x for x in pool if x not in (answer, kind)], 3, replace=False)
+    choices = [str(c) for c in rng.permutation([answer, *wrong])]
+    steps = look_for(event) if category == "count" else f"{look_for(event)} {then_comes(after)}"
+    cot = f"<think>{steps}</think><answer>{answer}</answer>"
     return {"question": question, "multi_choice": choices, "answer": answer, "cot": cot}
 
 
 # ---------------------------------------------------------------------------------- planted faults
-# Each takes (row, events, kinds, rng) and returns the keys that it breaks.
+# Called with (row, events, kinds, rng); returned are the keys of the row that change.
 
 def other(rng, pool, *but):
     return str(rng.choice([x for x in pool if x not in but]))
 
 
-def shift_segment(row, events, kinds, rng):
-    s, e = map(float, re.search("<seg>(.*?), (.*?)</seg>", row["cot"]).groups())
-    shift = 0.5 if s == 0 or e < CLIP_S and rng.random() < 0.5 else -0.5
-    shifted = f"<seg>{s + shift:.1f}, {e + shift:.1f}"
-    return {"cot": row["cot"].replace(f"<seg>{s:.1f}, {e:.1f}", shifted)}
+def break_qa(fault, row, events, kinds, rng):
+    answer, choices = row["answer"], row["multi_choice"]
+    if fault == "absent_sound":
+        kind = other(rng, kinds, *(e["kind"] for e in events))
+        return {"question": re.sub(r"the (\S+)\?", f"the {kind}?", row["question"])}
+    if fault == "lost_choice":
+        pool = NUMBERS.values() if answer in NUMBERS.values() else [*kinds, "siren"]
+        wrong = other(rng, pool, *choices)
+        return {"multi_choice": [wrong if c == answer else c for c in choices]}
+    wrong = other(rng, choices, answer)
+    if fault == "double_choice":
+        return {"multi_choice": [answer if c == wrong else c for c in choices]}
+    # wrong_answer: the chain's last word is wrong in the same way
+    return {"answer": wrong, "cot": row["cot"].replace(f"<answer>{answer}<", f"<answer>{wrong}<")}
 
 
-def miscount(row, events, kinds, rng):
-    said = re.search(r"has (\w+) pulses", row["cot"])[1]
-    wrong = other(rng, NUMBERS.values(), said)
-    return {"cot": row["cot"].replace(f"has {said} pulses", f"has {wrong} pulses", 1)}
+EDITS = {  # a pattern in the chain -> what takes the place of its first match
+    "take_back": ("</think>", " Really it has nine pulses.</think>"),
+    "embellish": (" <seg>", ", which has nine pulses, <seg>"),
+    "past_the_end": (r", [\d.]+</seg>", ", 7.5</seg>"),
+    "reversed_segment": (r"<seg>([\d.]+), ([\d.]+)", r"<seg>\2, \1"),
+    "no_segment": ("<seg>.*?</seg> ", ""),  # and of all others
+    "broken_tag": ("</think>", "")}
 
 
-def misname(row, events, kinds, rng):
-    said = re.search(r"</seg> the (\S+)", row["cot"])[1]
-    wrong = other(rng, kinds, said)
-    return {"cot": row["cot"].replace(f"</seg> the {said}", f"</seg> the {wrong}", 1)}
+def break_chain(fault, row, events, kinds, rng):
+    cot = row["cot"]
+    if fault in EDITS:
+        return {"cot": re.sub(*EDITS[fault], cot, count=0 if fault == "no_segment" else 1)}
+    if fault == "shift_segment":
+        s, e = map(float, re.search("<seg>(.*?), (.*?)</seg>", cot).groups())
+        shift = 0.5 if s == 0 or e < CLIP_S and rng.random() < 0.5 else -0.5
+        shifted = f"<seg>{s + shift:.1f}, {e + shift:.1f}</seg>"
+        return {"cot": re.sub("<seg>.*?</seg>", shifted, cot, count=1)}
+    pattern, pool = {"miscount": (r"has (\w+) pulses", NUMBERS.values()),
+                     "misname": (r"</seg> the (\S+)", kinds),
+                     "contradict": ("<answer>(.+)</answer>", row["multi_choice"])}[fault]
+    said = re.search(pattern, cot)
+    return {"cot": cot[:said.start(1)] + other(rng, pool, said[1]) + cot[said.end(1):]}
 
 
-def contradict(row, events, kinds, rng):
-    wrong = other(rng, row["multi_choice"], row["answer"])
-    return {"cot": row["cot"].replace(f"<answer>{row['answer']}<", f"<answer>{wrong}<")}
-
-
-def take_back(row, events, kinds, rng):
-    """A claim after the last step that the events don't bear out."""
-    return {"cot": row["cot"].replace("</think>", " Really it has nine pulses.</think>")}
-
-
-def embellish(row, events, kinds, rng):
-    """A claim within the reason of a step."""
-    return {"cot": row["cot"].replace(" <seg>", ", which has nine pulses, <seg>", 1)}
-
-
-def past_the_end(row, events, kinds, rng):
-    return {"cot": re.sub(r", [\d.]+</seg>", ", 7.5</seg>", row["cot"], count=1)}
-
-
-def reversed_segment(row, events, kinds, rng):
-    return {"cot": re.sub(r"<seg>([\d.]+), ([\d.]+)", r"<seg>\2, \1", row["cot"], count=1)}
-
-
-def no_segment(row, events, kinds, rng):
-    return {"cot": re.sub("<seg>.*?</seg> ", "", row["cot"])}
-
-
-def broken_tag(row, events, kinds, rng):
-    return {"cot": row["cot"].replace("</think>", "")}
-
-
-def wrong_answer(row, events, kinds, rng):
-    """The answer and the chain's last word, both wrong in the same way."""
-    wrong = other(rng, row["multi_choice"], row["answer"])
-    return {"answer": wrong, **contradict(row | {"multi_choice": [wrong]}, events, kinds, rng)}
-
-
-def absent_sound(row, events, kinds, rng):
-    kind = other(rng, kinds, *(e["kind"] for e in events))
-    return {"question": re.sub(r"the (\S+)\?", f"the {kind}?", row["question"])}
-
-
-def lost_choice(row, events, kinds, rng):
-    pool = NUMBERS.values() if row["answer"] in NUMBERS.values() else [*kinds, "siren"]
-    wrong = other(rng, pool, *row["multi_choice"])
-    return {"multi_choice": [wrong if c == row["answer"] else c for c in row["multi_choice"]]}
-
-
-def double_choice(row, events, kinds, rng):
-    double = other(rng, row["multi_choice"], row["answer"])
-    return {"multi_choice": [row["answer"] if c == double else c for c in row["multi_choice"]]}
-
-
-QA_FAULTS = {f.__name__: f for f in (wrong_answer, absent_sound, lost_choice, double_choice)}
-COT_FAULTS = {f.__name__: f for f in (
-    shift_segment, miscount, misname, contradict, take_back, embellish, past_the_end,
-    reversed_segment, no_segment, broken_tag)}
+QA_FAULTS = {name: partial(break_qa, name) for name in (
+    "wrong_answer", "absent_sound", "lost_choice", "double_choice")}
+COT_FAULTS = {name: partial(break_chain, name) for name in (
+    "shift_segment", "miscount", "misname", "contradict", *EDITS)}
 
 
 # ---------------------------------------------------------------------------------- the judge
@@ -320,14 +282,11 @@ def judge_qa(row, events):
         return f"the choices lack the truth, {truth}"
     if row["answer"] != truth:
         return f"the answer is {row['answer']}, the truth {truth}"
-    return None
 
 
 def judge_cot(row, events):
-    """[CoT valid]: None, or what is wrong with the chain given the true events and the answer.
-
-    The whole chain is read: a word that belongs to no step makes it invalid.
-    """
+    """[CoT valid]: None, or what is wrong with the chain given the true events and the answer. A
+    word that belongs to no step makes it invalid, too."""
     match = re.fullmatch(r"<think>(.+)</think><answer>(.+)</answer>", row["cot"])
     if not match:
         return "not one think block and one answer block"
@@ -336,30 +295,26 @@ def judge_cot(row, events):
     steps = list(STEP.finditer(match[1]))
     if not steps or " ".join(step[0] for step in steps) != match[1]:
         return "not a row of steps: a reason, a segment, and what is heard there"
-    pointed = []
+    there = {(e["start_s"], e["end_s"]): (e["kind"], NUMBERS[e["pulses"]]) for e in events}
+    pointed, kinds = [], [e["kind"] for e in events]
     for named, times, kind, number in (step.groups() for step in steps):
         segment = parse_segment(times, CLIP_S)
         if segment.reason:
             return f"segment {times}: {segment.reason}"
-        places = [(e["start_s"], e["end_s"]) for e in events]
-        if (segment.start_s, segment.end_s) not in places:
-            return f"no event at {times}"
-        here = events[places.index((segment.start_s, segment.end_s))]
-        if (here["kind"], NUMBERS[here["pulses"]]) != (kind, number) or named not in (None, kind):
-            return f"at {times} the chain hears a {kind} with {number} pulses, there is a {here}"
-        pointed.append(here["kind"])
-    kinds = [e["kind"] for e in events]
+        truth = there.get((segment.start_s, segment.end_s), "nothing")
+        if (kind, number) != truth or named not in (None, kind):
+            return f"at {times} the chain hears {(kind, number)}, there is {truth}"
+        pointed.append(kind)
     first = kinds.index(re.search(r"the (\S+)\?", row["question"])[1])
     if pointed != kinds[first:first + (2 if "right after" in row["question"] else 1)]:
         return "the chain listens to other sounds than the question needs"
-    return None
 
 
 # ---------------------------------------------------------------------------------- the pipeline
 
 def make_split(settings, split, n_clips, sounds):
-    """Write the WAV files of a split; return its clips (A1..A5), and (row, events, planted fault,
-    category) of each row."""
+    """Write the WAV files of a split; return its clips (A1..A5), and (row, events, planted fault)
+    of each row."""
     clips, rows, kinds = [], [], sorted(sounds or SYNTHETIC)
     for i in tqdm(range(n_clips), desc=f"{split} clips", unit="clip"):
         rng = np.random.default_rng([settings.seed, ("train", "test").index(split), i])
@@ -370,77 +325,68 @@ def make_split(settings, split, n_clips, sounds):
         for category in CATEGORIES:
             row = {"id": f"{split}-{i:05d}-{category}", "audio_path": path,
                    **write_row(category, events, rng, kinds)}
-            draw, planted = rng.random(), None
-            if split == "train" and draw < settings.qa_faults + settings.cot_faults:
+            draw, planted = rng.random(), "sound row"
+            if split == "test":
+                del row["cot"]
+                row["category"] = category
+            elif draw < settings.qa_faults + settings.cot_faults:
                 faults = QA_FAULTS if draw < settings.qa_faults else COT_FAULTS
                 planted = str(rng.choice(sorted(faults)))
                 row |= faults[planted](row, events, kinds, rng)
-            rows.append((row, events, planted, category))
+            rows.append((row, events, planted))
     return clips, rows
 
 
 def sort_rows(rows):
-    """The judge's verdicts sort the rows; returns the sets and how often each fault was seen."""
-    sets, seen = {"sft": [], "rl": [], "discarded": []}, {}
-    for row, events, planted, _ in rows:
-        qa = judge_qa(row, events)
-        cot = None if qa else judge_cot(row, events)
-        verdict = "discarded" if qa else "rl" if cot else "sft"
-        if qa:
-            row = {**row, "reason": qa}
-        if cot:
-            row = without_chain(row)
+    """The judge's verdicts sort the rows; returns the sets, and a Counter of (planted, verdict)."""
+    sets, seen = {"sft": [], "rl": [], "discarded": []}, Counter()
+    for row, events, planted in rows:
+        verdict, wrong = "sft", judge_qa(row, events)
+        if wrong:
+            verdict = "discarded"
+            row["reason"] = wrong
+        elif judge_cot(row, events):
+            verdict = "rl"
+            del row["cot"]
         sets[verdict].append(row)
-        seen.setdefault(planted or "sound row", Counter())[verdict] += 1
+        seen[planted, verdict] += 1
+        seen["all", verdict] += 1
     return sets, seen
-
-
-def without_chain(row):
-    return {k: v for k, v in row.items() if k != "cot"}
 
 
 def json_lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def print_table(seen, n_rows, sets):
+def print_table(seen):
     print(f"\n{'planted':<18}{'rows':>7}{'-> sft':>9}{'-> rl':>9}{'-> discarded':>14}   caught")
-    for planted in ["sound row", *QA_FAULTS, *COT_FAULTS]:
-        verdicts = seen.get(planted, Counter())
-        n, caught = verdicts.total(), ""
-        if planted != "sound row":
-            caught = f"{verdicts['discarded' if planted in QA_FAULTS else 'rl']}/{n}"
-        print(f"{planted:<18}{n:>7}{verdicts['sft']:>9}{verdicts['rl']:>9}"
-              f"{verdicts['discarded']:>14}   {caught}")
-    sft, rl, discarded = (len(sets[name]) for name in ("sft", "rl", "discarded"))
-    print(f"{'all':<18}{n_rows:>7}{sft:>9}{rl:>9}{discarded:>14}")
+    for planted in ("sound row", *QA_FAULTS, *COT_FAULTS, "all"):
+        sft, rl, discarded = (seen[planted, verdict] for verdict in ("sft", "rl", "discarded"))
+        n, caught = sft + rl + discarded, ""
+        if planted in QA_FAULTS or planted in COT_FAULTS:
+            caught = f"   {discarded if planted in QA_FAULTS else rl}/{n}"
+        print(f"{planted:<18}{n:>7}{sft:>9}{rl:>9}{discarded:>14}{caught}")
 
 
 def run():
     settings = parse_settings(Settings, __doc__)
-    if settings.train_clips < 1 or settings.test_clips < 1:
-        raise EchoError("--train-clips and --test-clips: must be at least 1")
-    faults = settings.qa_faults, settings.cot_faults
-    if min(faults) < 0 or sum(faults) > 1:
+    if settings.qa_faults + settings.cot_faults > 1:
         raise EchoError("--qa-faults and --cot-faults: shares of all rows, together at most 1")
-    if not 0 <= settings.hold_out < 1:
+    if settings.hold_out >= 1:
         raise EchoError(f"--hold-out {settings.hold_out}: a share, at least 0 and below 1")
-    train_sounds, test_sounds = None, None
+    train_sounds = test_sounds = None
     if settings.sounds:
         train_sounds, test_sounds = read_sounds(settings.sounds, settings.hold_out, settings.seed)
     clips, rows = make_split(settings, "train", settings.train_clips, train_sounds)
-    test_rows = make_split(settings, "test", settings.test_clips, test_sounds)[1]
+    _, test_rows = make_split(settings, "test", settings.test_clips, test_sounds)
     sets, seen = sort_rows(rows)
-    test = [{**without_chain(row), "category": category} for row, _, _, category in test_rows]
+    test = [row for row, _, _ in test_rows]
     for name, items in {"clips": clips, **sets, "test": test}.items():
         write_atomically(Path(settings.out) / f"{name}.jsonl", json_lines(items))
-    print_table(seen, len(rows), sets)
+    print_table(seen)
     print(f"test: {len(test)} questions on {settings.test_clips} clips of their own\n")
-    print("One clip and its row:")
-    row, events, _, _ = next((r for r in rows if r[2] is None and r[3] == "count_after"), rows[0])
-    for e in events:
-        print(f"  {e['start_s']:.1f} to {e['end_s']:.1f} s  {e['kind']}, {e['pulses']} pulses")
-    print(json.dumps(row, indent=2))
+    row = next((row for row, _, planted in rows if planted == "sound row"), rows[0][0])
+    print(f"A row:\n{json.dumps(row, indent=2)}")
 
 
 if __name__ == "__main__":
