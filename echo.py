@@ -345,10 +345,10 @@ class Echo(nn.Module):
         before = hidden[:, :-1][trained].float() / temperature            # t - 1 predicts t
         head, token = self.decoder.lm_head.weight.float(), ids[:, 1:][trained]
 
-        def log_probs(before, token):
+        def predict(before, token):
             return -F.cross_entropy(F.linear(before, head), token, reduction="none")
         size = max(1, self.LOGITS_AT_ONCE // len(head))
-        return torch.cat([checkpoint(log_probs, *part, use_reentrant=False)
+        return torch.cat([checkpoint(predict, *part, use_reentrant=False)
                           for part in zip(before.split(size), token.split(size))])
 
     @torch.no_grad()

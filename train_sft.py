@@ -317,7 +317,8 @@ def start_projector(model, detector, described):
         for first_listen in (True, False):
             tokens = model.hear([wave], first_listen)[0]
             token_s = len(wave) / model.config.sample_rate / len(tokens)
-            kind, _, pulses = detector.labels(events, 0.0, token_s, len(tokens), not first_listen)
+            fine = not (first_listen and model.config.first_listen_rate)
+            kind, _, pulses = detector.labels(events, 0.0, token_s, len(tokens), fine)
             x.append(F.pad(tokens, (0, 1), value=1.0))
             y.append(vectors[kind] + vectors[silence + 1 + pulses])
     solution = torch.linalg.lstsq(torch.cat(x).double().cpu(), torch.cat(y).double().cpu()).solution
