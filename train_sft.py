@@ -1,6 +1,6 @@
 """Stage 1 of Echo, and before it a stand-in for the pretrained audio model that it starts from.
 
-    python train_sft.py                     # all stages: 159 s on two CPU cores, at most 1.2 GB
+    python train_sft.py                     # all stages: 3 to 5 minutes on two CPU cores, 1.2 GB
     python train_sft.py --stage sft --retrain
     python train_sft.py --decoder DIR --out runs/qwen       # a pretrained Qwen2 as the decoder
 
