@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from echo import (DTYPES, Config, EchoError, Training, already_trained, build, cut,
                   follow_decoder, linear_schedule, load, load_audio, main, micro_batches,
-                  parse_settings, pick_device, prepare, read_questions, read_rows, require,
-                  split_segments)
+                  parse_settings, pick_device, prepare, processes, read_questions, read_rows,
+                  require, split_segments)
 from generate import evaluate
 from make_data import CATEGORIES, NUMBERS, from_edge, look_for, then_comes, write_row
 
@@ -209,7 +209,8 @@ def new_model(settings, described):
             "{question} Choose the answer from {choices}. Think step-by-step. Refer to the "
             "specific audio segments while thinking, and indicate the corresponding "
             "timestamps. Answer in the format of <think>...</think><answer>...</answer>.")
-        print(config)
+        if processes()[0] == 0:
+            print(config)
         return build(config)
     texts = []
     for q in read_questions(settings.data, settings.audio_root, needs=("answer", "cot")):
