@@ -73,7 +73,8 @@ class Config:
     first_listen_rate: float = 2.0  # audio tokens a second; coarse, so that listening again finds
                                     # something new; 0: the full rate, as in the paper
     share_position: bool = True     # a re-listened segment takes one position, so that the text
-                                    # around it stays close; False: one a token, as in the paper
+                                    # around it stays close (the order of its tokens is in their
+                                    # features); False: one a token, as in the paper
     min_segment_s: float = 0.2      # the one minimum, in training and in use, as in the paper
     max_segment_s: float = 30.0
     end_slack_s: float = 0.1        # an end this far past the clip is taken as the clip's end
@@ -205,8 +206,8 @@ class SmallEncoder(nn.Module):
         if first_listen and self.config.first_listen_rate:
             frames = round(self.config.sample_rate / hop / self.config.first_listen_rate)
             mel = F.avg_pool1d(mel, frames, ceil_mode=True)
-            mel = mel.repeat_interleave(4, 1)                             # the convolutions' stride
-        return (mel.clamp_min(1e-6).log10() + 2).T
+            mel = mel.repeat_interleave(4, 1)       # the convolutions make one token of 4 frames
+        return (mel.clamp_min(1e-6).log10() + 2).T  # about centred on 0
 
     def forward(self, waves, first_listen):
         features = [self.log_mel(wave, first_listen) for wave in waves]
@@ -255,7 +256,7 @@ class Echo(nn.Module):
 
     @contextlib.contextmanager
     def exact(self):
-        """fp32 all the same: bf16 would lose what encoder and projector leave of large terms."""
+        """fp32 all the same: encoder and projector subtract large terms, bf16 loses the rest."""
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
@@ -430,7 +431,7 @@ def rollouts(model, prompts, waves, group=1, reasoning="interleaved", temperatur
     for k, (prompt, wave) in enumerate(zip(prompts, waves)):
         if len(prompt.ids) > room:
             raise EchoError(f"a prompt of {len(prompt.ids)} tokens; the decoder's positions leave "
-                            f"room for {room}: shorten the question or the clip")
+                            f"room for {room}: shorten question, clip or --max-new-tokens")
         for g in range(k * group, (k + 1) * group):
             draws = torch.Generator().manual_seed(int(seeds[g]) if seeds is not None else g)
             rows.append(Rollout(prompt.copy(), wave, draws, n_prompt=len(prompt.ids)))
@@ -477,11 +478,12 @@ def decode(model, batch, group, reasoning, temperature, max_new_tokens, insert, 
             return
         batch, mask = shrink(cache, batch, mask)
         runs = [not row.waiting and not row.ended for row in batch]
+        # not cached yet: the sampled id, and the audio of a row that listened; of idle rows nothing
         since = [row.cached if run else len(row.sample.ids) for row, run in zip(batch, runs)]
         ids, position, real, audio = model.tensors([row.sample for row in batch], since)
         mask, computed = torch.cat([mask, real], 1), ids.shape[1]
         hidden = model.hidden(ids, position, mask, audio, cache)[:, -1]
-        hidden = hidden[torch.tensor(runs, device=hidden.device)]
+        hidden = hidden[torch.tensor(runs, device=hidden.device)]  # in the order of `running`
 
 
 def sample_tokens(model, hidden, rows, temperature):
@@ -548,7 +550,8 @@ def cut(wave, start_s, end_s, sample_rate=Config.sample_rate):
 
 
 def shrink(cache, batch, mask):
-    """Drop ended rows and padding from the cache, once they are more than half of it."""
+    """Drop ended rows and padding from the cache, once they are more than half of it. Columns may
+    move: cached keys carry their rotary positions."""
     alive = torch.tensor([k for k, row in enumerate(batch) if not row.ended], device=mask.device)
     if 2 * mask[alive].sum() >= mask.numel():
         return batch, mask
@@ -719,11 +722,13 @@ class WhisperEncoder(nn.Module):
         out, at, config = [], 0, self.config
         for wave in waves:
             n = math.ceil(len(wave) / self.extractor.n_samples)
-            seconds = len(wave) / config.sample_rate
-            x = torch.cat(tokens[at:at + n])[:math.ceil(seconds * self.TOKENS_PER_SECOND)]
+            n_tokens = -(-len(wave) * self.TOKENS_PER_SECOND // config.sample_rate)  # rounded up
+            x = torch.cat(tokens[at:at + n])[:n_tokens]
             at += n
             if first_listen and config.first_listen_rate:
-                x = F.adaptive_avg_pool1d(x.T, math.ceil(seconds * config.first_listen_rate)).T
+                every = self.TOKENS_PER_SECOND / config.first_listen_rate  # 12.5 overlap by one
+                x = torch.stack([x[int(i * every):math.ceil((i + 1) * every)].mean(0)
+                                 for i in range(math.ceil(len(x) / every))])
             out.append(x)
         return out
 
@@ -742,7 +747,8 @@ def pretrained(load, name):
                             f"({first_line(error)})") from None
         raise EchoError(
             f"{name}: neither a folder here nor reachable; where there is a network, run: "
-            f"hf download {name} --local-dir {Path(name).name}, and give that folder") from None
+            f"hf download {name} --local-dir {Path(name).name}, and give that folder "
+            f"({first_line(error)})") from None
 
 
 def build(config, decoder=None, tokenizer=None):
@@ -1214,7 +1220,7 @@ class Training:
         entry = {"step": self.step}
         for k, v in metrics.items():
             entry[k] = float(f"{v:.7g}")
-        said = [f"{k} {entry[k]:.3g}" for k in show if k in entry]
+        said = [f"{k} {entry[k]:.3g}" for k in show]
         tqdm.write(f"step {self.step}  " + "  ".join(said))
         with open(self.folder / "log.jsonl", "ab") as log:
             log.write((json.dumps(entry) + "\n").encode())

@@ -73,12 +73,14 @@ def trace(rollout):
 
 def evaluate(training, model, questions, batch=50, **decoding):
     """Greedy accuracy, by category too, and what was listened to; split over the processes."""
-    mine, responses, metrics = questions[training.rank::training.world], [], {}
+    share = slice(training.rank, None, training.world)
+    mine, seeds, responses, metrics = questions[share], range(len(questions))[share], [], {}
     for at in tqdm(range(0, len(mine), batch), desc="evaluation", leave=False,
                    disable=training.rank > 0):
         some = mine[at:at + batch]
         waves = [load_audio(q.path, model.config.sample_rate) for q in some]
-        responses += ask(model, some, waves, temperature=0.0, **decoding)
+        responses += ask(model, some, waves, temperature=0.0, seeds=seeds[at:at + batch],
+                         **decoding)
     for name in ("accuracy", *sorted({q.category for q in questions})):
         right = [is_right(r.text, q.answer) for r, q in zip(responses, mine)
                  if name in ("accuracy", q.category)]
@@ -124,6 +126,9 @@ def covered(segments):
 def answer_clip(model, settings):
     """Ask about one clip; stream the reasoning as it is written, and where it stops to listen."""
     q = Question({}, Path(settings.clip), settings.question, list(settings.choices), None, "")
+    if settings.choices and not settings.clip:
+        raise EchoError('--choices without a clip; they come last: generate.py clip.wav "question" '
+                        "--choices a b c d")
     if not settings.clip:
         questions = read_questions("data/test.jsonl")
         q = next((q for q in questions if q.category == "count_after"), questions[0])
@@ -140,15 +145,14 @@ def answer_clip(model, settings):
         elif segment:
             text += f" [not heard: {segment.reason}]"
         print(text, end="", flush=True)
-    if settings.json:
-        rollout = answer(model, [q], [wave], settings)[0]
-        said = {"answer": extract_answer(rollout.text), **trace(rollout)}
-        print(json.dumps(said, ensure_ascii=False))
-    else:
+    if not settings.json:
         print(f"{q.path} ({len(wave) / model.config.sample_rate:.1f} s)\n"
               f"{q.question} {', '.join(q.choices)}\n")
-        rollout = answer(model, [q], [wave], settings, watch=stream)[0]
-        said = extract_answer(rollout.text)
+    rollout = answer(model, [q], [wave], settings, watch=None if settings.json else stream)[0]
+    said = extract_answer(rollout.text)
+    if settings.json:
+        print(json.dumps({"answer": said, **trace(rollout)}, ensure_ascii=False))
+    else:
         said = "(none: no single <answer> block)" if said is None else said
         truth = f"   truth: {q.answer}" if q.answer else ""
         print(f"\n\nanswer: {said}{truth}   ({time.time() - began:.1f} s)")
@@ -201,7 +205,8 @@ def open_part(settings):
         "model", "reasoning", "insert", "temperature", "max_new_tokens", "seed", "dtype",
         "benchmark", "audio_root", "limit")}
     if part.is_file():
-        lines = part.read_text(encoding="utf-8").split("\n")[:-1]  # a half-written one: done again
+        whole = part.read_text(encoding="utf-8", errors="replace")
+        lines = whole.split("\n")[:-1]  # a half-written one is done again
         begun, *done = [json.loads(line) for line in lines] or [{}]
         other = [k for k in run if begun.get(k) != run[k]]
         if other:
@@ -229,6 +234,7 @@ def answer_batch(model, questions, settings, first):
     seconds = round((time.time() - began) / len(questions), 4)
     for q, response in zip(questions, responses):
         said = extract_answer(response.text) or ""
+        q.row.pop("error", None)  # of an earlier run on this very output
         rows.append({**q.row, "answer_prediction": said, "model_output": said, **trace(response),
                      "seconds": seconds, "audio_tokens": response.sample.ids.count(AUDIO),
                      "length": len(response.logprobs), **problem})
@@ -550,6 +556,9 @@ def report_page(folder, against=""):
 def run():
     settings = parse_settings(Settings, __doc__)
     require(settings, reasoning=REASONING, insert=INSERTS, dtype=DTYPES)
+    for flag, needs in (("output", "benchmark"), ("limit", "benchmark"), ("against", "report")):
+        if getattr(settings, flag) and not getattr(settings, needs):
+            raise EchoError(f"--{flag}: needs --{needs}")
     if settings.report:
         report_page(settings.report, settings.against)
         return print(f"wrote {Path(settings.report) / 'report.html'}")

@@ -1,6 +1,6 @@
 """Make the toy world: clips with known events, and the paper's structured data pipeline on them.
 
-    python make_data.py                      # data/: 2,600 clips as 16-bit WAV, 500 MB, 25 seconds
+    python make_data.py                      # data/: 2,600 clips, 16-bit WAV, 500 MB, half a minute
     python make_data.py --sounds DIR         # recorded sounds: a folder of WAV files for each kind
 
 A generator knows the true events of a clip and writes
@@ -235,7 +235,7 @@ EDITS = {  # a pattern in the chain -> what takes the place of its first match
     "embellish": (" <seg>", ", which has nine pulses, <seg>"),
     "past_the_end": (r", [\d.]+</seg>", ", 7.5</seg>"),
     "reversed_segment": (r"<seg>([\d.]+), ([\d.]+)", r"<seg>\2, \1"),
-    "no_segment": ("<seg>.*?</seg> ", ""),  # and of all others
+    "no_segment": ("<seg>.*?</seg> ", ""),  # every match
     "broken_tag": ("</think>", "")}
 
 
@@ -325,7 +325,7 @@ def make_split(settings, split, n_clips, sounds):
         for category in CATEGORIES:
             row = {"id": f"{split}-{i:05d}-{category}", "audio_path": path,
                    **write_row(category, events, rng, kinds)}
-            draw, planted = rng.random(), "sound row"
+            draw, planted = rng.random(), "intact"
             if split == "test":
                 del row["cot"]
                 row["category"] = category
@@ -360,7 +360,7 @@ def json_lines(rows):
 
 def print_table(seen):
     print(f"\n{'planted':<18}{'rows':>7}{'-> sft':>9}{'-> rl':>9}{'-> discarded':>14}   caught")
-    for planted in ("sound row", *QA_FAULTS, *COT_FAULTS, "all"):
+    for planted in ("intact", *QA_FAULTS, *COT_FAULTS, "all"):
         sft, rl, discarded = (seen[planted, verdict] for verdict in ("sft", "rl", "discarded"))
         n, caught = sft + rl + discarded, ""
         if planted in QA_FAULTS or planted in COT_FAULTS:
@@ -385,7 +385,7 @@ def run():
         write_atomically(Path(settings.out) / f"{name}.jsonl", json_lines(items))
     print_table(seen)
     print(f"test: {len(test)} questions on {settings.test_clips} clips of their own\n")
-    row = next((row for row, _, planted in rows if planted == "sound row"), rows[0][0])
+    row = next((row for row, _, planted in rows if planted == "intact"), rows[0][0])
     print(f"A row:\n{json.dumps(row, indent=2)}")
 
 

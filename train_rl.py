@@ -3,7 +3,8 @@
     python train_rl.py                                      # D, interleaved -> runs/rl
     python train_rl.py --reasoning text --out runs/rl-text  # B', the text-only control, same steps
 
-2 to 3.5 minutes on two CPU cores; held-out accuracy 0.45 before, 0.98 after (seed 0, 150 asked).
+2 to 3.5 minutes on two CPU cores. Seed 0, 150 held-out questions: accuracy 0.45 before and 0.98
+after on one processor, 0.91 and 0.99 on another.
 
 A step: `questions` prompts, `group` responses to each at temperature 1, rewards, advantages within
 each group, and `mini_batches` updates of the clipped objective with a k3 KL to the frozen SFT

@@ -134,9 +134,11 @@ class Clips:
         rate = self.model.config.sample_rate
         wave = load_audio(path, rate)
         wave = cut(wave, *segment, rate) if segment else wave
+        if not len(wave):
+            raise EchoError(f"{path}: the clip ends before its event at {segment[0]} s")
         features = self.model.hear([wave], first_listen=not segment)[0]
-        self.room -= features.nbytes
-        if self.room >= 0:
+        if features.nbytes <= self.room:
+            self.room -= features.nbytes
             self.kept[path, segment] = features
         return features
 
@@ -286,7 +288,7 @@ def train_encoder(training, detector, described, settings):
             start_s = int(rng.integers(n_all - n + 1)) * token_s
             crop = cut(wave, start_s, start_s + n * token_s, rate)
             crops.append((crop, detector.labels(events, start_s, token_s, n, fine=True)))
-            n, fine = int(np.ceil(len(wave) / rate / first_s)), first_s == token_s
+            n, fine = int(np.ceil(len(wave) / rate / first_s - 1e-6)), first_s == token_s
             whole.append((wave, detector.labels(events, 0.0, first_s, n, fine)))
         metrics = {}
         for name, sounds in (("frames", crops), ("first", whole)):
@@ -313,7 +315,7 @@ def start_projector(model, detector, described):
     vectors.insert(silence, 0 * table[0])
     vectors = torch.stack(vectors)
     x, y = [], []
-    for path, events, _ in tqdm(described[:400], desc="projector"):
+    for path, events, _ in tqdm(described[:400], "projector", disable=processes()[0] > 0):
         wave = load_audio(path, model.config.sample_rate)
         for first_listen in (True, False):
             tokens = model.hear([wave], first_listen)[0]
@@ -403,13 +405,15 @@ def read_clips(settings):
     for number, row in enumerate(read_rows(settings.clips, ("audio_path",)), 1):
         events, description = row.get("A4_events"), row.get("A1_description")
         try:
-            good = all(isinstance(e["kind"], str) and 0 <= e["start_s"] < e["end_s"]
-                       and e["pulses"] in NUMBERS for e in events or ())
+            events = events and sorted(events, key=lambda e: e["start_s"])
+            good = all(isinstance(e["kind"], str) and e["pulses"] in NUMBERS and 0 <= e["start_s"]
+                       <= e["end_s"] - Config.min_segment_s + 1e-6 for e in events or ())
         except (TypeError, KeyError):
             good = False
         if not good or not events and not isinstance(description, str):
             raise EchoError(f"{settings.clips}, row {number}: 'A4_events' without kind, start_s, "
-                            "end_s and 2 to 6 pulses each, or neither these nor 'A1_description'")
+                            "end_s 0.2 s later and 2 to 6 pulses each, or neither these nor "
+                            "'A1_description'")
         described.append((root / row["audio_path"], events, description))
     if 0 < len(values("kind", described)) < 5:
         raise EchoError(f"{settings.clips}: {len(values('kind', described))} kinds of sound; "
@@ -418,7 +422,8 @@ def read_clips(settings):
 
 
 def stage_settings(stage, settings):
-    """The settings that a stage depends on: all but those of later stages."""
+    """The settings that a stage depends on: all but those of later stages (--data, too, from whose
+    words the tiny tokenizer is made: it spells any text)."""
     of_sft = ("sft_", "data", "test")
     of_align = ("caption_", "instruct_", "align_", "train", "projector_")
     later = {"encoder": of_align + of_sft, "align": of_sft, "sft": ()}[stage]
@@ -462,10 +467,13 @@ def run_stage(stage, settings, device):
 def run():
     settings = parse_settings(Settings, __doc__)
     require(settings, stage=("all", *STAGES), dtype=DTYPES)
-    frames = 100 / (settings.first_listen_rate or 25)  # of mel; a token is an average of them
-    if frames < 4 or settings.encoder == "small" and abs(frames - round(frames)) > 1e-6:
+    frames = 100 / (settings.first_listen_rate or 25)  # of mel, averaged for a token
+    if settings.first_listen_rate and (
+            frames < 10 or settings.encoder == "small" and abs(frames - round(frames)) > 1e-6):
         raise EchoError(f"--first-listen-rate {settings.first_listen_rate}: must divide 100 and be "
-                        "at most 25; 0: all")
+                        "at most 10; 0: the full rate")
+    if settings.warmup > 1:
+        raise EchoError(f"--warmup {settings.warmup}: a share of the steps, at most 1")
     device = pick_device(settings.device)
     follow_decoder(settings, settings.decoder)
     for stage in STAGES if settings.stage == "all" else (settings.stage,):
