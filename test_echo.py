@@ -821,6 +821,19 @@ def test_clips_are_kept_within_bounds(model, tmp_path, monkeypatch):
     assert (read.count(files[0]), read.count(files[1])) == (2, 4)
 
 
+def test_described_clips(tmp_path):
+    """Events come in order of time, and are long enough to be heard again."""
+    events = [{"kind": k, "start_s": s, "end_s": s + 0.2, "pulses": 2}
+              for s, k in enumerate("abcde")]
+    how = train_sft.Settings(clips=str(tmp_path / "clips.jsonl"))
+    row = {"audio_path": "a.wav", "A4_events": events[::-1]}
+    (tmp_path / "clips.jsonl").write_text(json.dumps(row))
+    assert train_sft.read_clips(how) == [(tmp_path / "a.wav", events, None)]
+    events[2]["end_s"] = 2.1
+    (tmp_path / "clips.jsonl").write_text(json.dumps(row))
+    assert "row 1: 'A4_events' without" in error_of(train_sft.read_clips, how)
+
+
 # ------------------------------------------------------------------------------------- checkpoints
 
 def test_save_and_load_round_trip(model, qwen, whisper, tmp_path):
@@ -991,7 +1004,7 @@ def test_an_interrupted_benchmark_goes_on(benchmark, tmp_path, monkeypatch):
         patch.setattr(generate, "load_audio", interrupted)
         assert run(*job)[0] == 130
     done = part.read_text().replace('"task": "sound"', '"task": "marked"')
-    part.write_text(done + '{"id": "2", "audio')  # and a half-written row
+    part.write_bytes((done + '{"id": "日').encode()[:-1])  # and a row cut within a letter
     assert "max_new_tokens" in mistake(*job, "--max-new-tokens", 9)
     good(*job, "--batch", 3)
     again = json.loads(out.read_text())
