@@ -176,11 +176,9 @@ class Sample:
 # first_listen: bool) -> list of (n_i, dim), the same for a waveform alone and in a batch.
 
 class SmallEncoder(nn.Module):
-    """Log-mel, two strided convolutions (100 frames a second -> 25 tokens), transformer layers.
-
-    The first listen is a thumbnail: mel POWER is averaged over 1 / first_listen_rate seconds before
-    the encoder sees it, one token for each average. What changes within one can't be read from it.
-    """
+    """Log-mel, two strided convolutions (100 frames a second -> 25 tokens), transformer layers. The
+    first listen is a thumbnail: mel POWER is averaged over 1 / first_listen_rate seconds before the
+    encoder sees it, one token for each average. What changes within one can't be read from it."""
     TOKENS_PER_SECOND = 25
 
     def __init__(self, config):
@@ -334,12 +332,10 @@ class Echo(nn.Module):
                 cache=cache, use_cache=cache is not None).last_hidden_state
 
     def forward(self, samples, temperature=1.0):
-        """Log-probs of every trained token, flat in the order of the samples: (n,).
-
-        The head sees the positions before trained tokens alone, a few at a time, and keeps nothing:
-        the logits of a whole batch would be larger than a pretrained decoder. They are fp32: in
-        bf16, logits of 16 to 32 are 0.125 apart, too far for a ratio of probabilities.
-        """
+        """Log-probs of every trained token, flat in the order of the samples: (n,). The head sees
+        the positions before trained tokens alone, a few at a time, and keeps nothing: the logits of
+        a whole batch would be larger than a pretrained decoder. They are fp32: in bf16, logits of
+        16 to 32 are 0.125 apart, too far for a ratio of probabilities."""
         ids, position, mask, audio = self.tensors(samples)
         hidden = self.hidden(ids, position, mask, audio)
         trained = pad_left([s.trained for s in samples], self.device)[:, 1:] > 0
@@ -420,11 +416,9 @@ INSERTS = ("segment", "random", "silence")  # what is heard; the last two are co
 def rollouts(model, prompts, waves, group=1, reasoning="interleaved", temperature=1.0,
              max_new_tokens=None, insert="segment", seeds=None, max_rows=512, watch=None):
     """Decode `group` responses to each prompt: in training, evaluation and use. Returns Rollouts.
-
     prompts: Samples; waves: their clips, (N,). reasoning "text" hears nothing. temperature 0 is
     greedy. seeds: one a response, whose draws depend on it alone and not on its neighbours.
-    max_rows: decoded at once. watch(rollout, Segment or None) is called after every token.
-    """
+    max_rows: decoded at once. watch(rollout, Segment or None) is called after every token."""
     model.eval()
     n_tokens = max_new_tokens or model.config.max_new_tokens
     rows, room = [], model.decoder.config.max_position_embeddings - n_tokens
@@ -447,12 +441,10 @@ def rollouts(model, prompts, waves, group=1, reasoning="interleaved", temperatur
 
 
 def decode(model, batch, group, reasoning, temperature, max_new_tokens, insert, watch):
-    """Write the responses of a batch, all in one KV cache.
-
-    A row that closes a segment waits. Once at least as many rows wait as run, all their segments
-    are encoded together, appended and prefilled: one at a time, each would cost the batch a pass,
-    and waiting for the last row would idle most. Idle rows get masked padding.
-    """
+    """Write the responses of a batch, all in one KV cache. A row that closes a segment waits. Once
+    at least as many rows wait as run, all their segments are encoded together, appended and
+    prefilled: one at a time, each would cost the batch a pass, and waiting for the last row would
+    idle most. Idle rows get masked padding."""
     cache = Cache(config=model.decoder.config)
     cache.dtype = torch.bfloat16 if model.bf16 else torch.float32
     ids, position, mask, audio = model.tensors([row.sample for row in batch[::group]])
@@ -629,10 +621,8 @@ REWARDS = {"paper": paper_reward, "confidence": confidence_reward}
 # =========================================================================================== 8 GRPO
 
 def group_advantages(rewards, eps=1e-4):
-    """A_i = (R_i - mean(R)) / (std(R) + eps) within each group: (questions, G) -> (questions, G).
-
-    A flat group, its rewards all equal, gets 0 and teaches nothing.
-    """
+    """A_i = (R_i - mean(R)) / (std(R) + eps) within each group: (questions, G) -> (questions, G). A
+    flat group, its rewards all equal, gets 0 and teaches nothing."""
     mean, std = rewards.mean(1, keepdim=True), rewards.std(1, correction=0, keepdim=True)
     return (rewards - mean) / (std + eps)
 
@@ -653,12 +643,10 @@ def grpo_loss(logp, old_logp, ref_logp, advantage, clip=0.2, kl_weight=0.04):
 
 
 def grpo_update(training, policy, reference, responses, advantages, settings, lr):
-    """`settings.mini_batches` updates on the responses of one step. advantages: (responses,).
-
-    Old log-probs come from sampling. In bf16 cached decoding rounds otherwise than the pass that
+    """`settings.mini_batches` updates on the responses of one step. advantages: (responses,). Old
+    log-probs come from sampling. In bf16 cached decoding rounds otherwise than the pass that
     trains: they are computed again, or taken from that very pass if it is the only one. Returns
-    means, 0 where there is no response.
-    """
+    means, 0 where there is no response."""
     policy.train()  # nothing drops out; gradient checkpointing works in this mode alone
     samples, budget = [r.sample for r in responses], settings.tokens_per_batch
     sampled = [torch.tensor(r.logprobs, device=policy.device) for r in responses]
@@ -694,11 +682,9 @@ def grpo_update(training, policy, reference, responses, advantages, settings, lr
 # ================================================================ 9 pretrained parts, save and load
 
 class WhisperEncoder(nn.Module):
-    """The encoder of a Whisper checkpoint, pooled to 25 tokens a second.
-
-    It works in windows of 30 s, padded as it was trained, and the padding's tokens are cut away. A
-    first listen with a rate of its own is the average of these tokens.
-    """
+    """The encoder of a Whisper checkpoint, pooled to 25 tokens a second. It works in windows of 30
+    s, padded as it was trained, and the padding's tokens are cut away. A first listen with a rate
+    of its own is the average of these tokens."""
     TOKENS_PER_SECOND = 25
     WINDOWS = 8  # encoded at once
 
@@ -792,11 +778,9 @@ DTYPES = ("auto", "fp32", "bf16")
 
 def set_precision(model, dtype="auto"):
     """bf16 arithmetic, or fp32. auto: bf16 for a pretrained decoder where the hardware has it.
-
     Weights that are trained stay fp32 (an update of lr 1e-6 would vanish in bf16), frozen matrices
-    are kept in bf16, which is what autocast rounds them to; norms and rotary angles stay fp32.
-    What stays an fp32 product, the head's, rounds its factors (to bf16, TF32 on CUDA), not its sum.
-    """
+    are kept in bf16, which is what autocast rounds them to; norms and rotary angles stay fp32. What
+    stays an fp32 product, the head's, rounds its factors (to bf16, TF32 on CUDA), not its sum."""
     hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     if model.device.type == "cuda":
         hardware = torch.cuda.is_bf16_supported()
@@ -1154,10 +1138,8 @@ def already_trained(folder, settings):
 
 class Training:
     """Optimiser, log and saves of one training, which may be killed at any moment and run again.
-
     All randomness of a training is drawn from (seed, step): step, trained weights and optimiser are
-    all there is to save. `rates`: factors on the learning rate of parts of the module.
-    """
+    all there is to save. `rates`: factors on the learning rate of parts of the module."""
     def __init__(self, folder, module, settings, rates={}):
         self.folder, self.step, self.log_bytes = Path(folder), 0, 0
         self.rank, self.world = processes()
