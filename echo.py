@@ -621,8 +621,8 @@ REWARDS = {"paper": paper_reward, "confidence": confidence_reward}
 # =========================================================================================== 8 GRPO
 
 def group_advantages(rewards, eps=1e-4):
-    """A_i = (R_i - mean(R)) / (std(R) + eps) within each group: (questions, G) -> (questions, G). A
-    flat group, its rewards all equal, gets 0 and teaches nothing."""
+    """A_i = (R_i - mean(R)) / (std(R) + eps) within each group: (questions, G) -> (questions, G).
+    A flat group, its rewards all equal, gets 0 and teaches nothing."""
     mean, std = rewards.mean(1, keepdim=True), rewards.std(1, correction=0, keepdim=True)
     return (rewards - mean) / (std + eps)
 
@@ -643,8 +643,8 @@ def grpo_loss(logp, old_logp, ref_logp, advantage, clip=0.2, kl_weight=0.04):
 
 
 def grpo_update(training, policy, reference, responses, advantages, settings, lr):
-    """`settings.mini_batches` updates on the responses of one step. advantages: (responses,). Old
-    log-probs come from sampling. In bf16 cached decoding rounds otherwise than the pass that
+    """`settings.mini_batches` updates on the responses of one step. advantages: (responses,).
+    Old log-probs come from sampling. In bf16 cached decoding rounds otherwise than the pass that
     trains: they are computed again, or taken from that very pass if it is the only one. Returns
     means, 0 where there is no response."""
     policy.train()  # nothing drops out; gradient checkpointing works in this mode alone
@@ -682,9 +682,9 @@ def grpo_update(training, policy, reference, responses, advantages, settings, lr
 # ================================================================ 9 pretrained parts, save and load
 
 class WhisperEncoder(nn.Module):
-    """The encoder of a Whisper checkpoint, pooled to 25 tokens a second. It works in windows of 30
-    s, padded as it was trained, and the padding's tokens are cut away. A first listen with a rate
-    of its own is the average of these tokens."""
+    """The encoder of a Whisper checkpoint, pooled to 25 tokens a second. It works in windows of
+    30 s, padded as it was trained, and the padding's tokens are cut away. A first listen with a
+    rate of its own is the average of these tokens."""
     TOKENS_PER_SECOND = 25
     WINDOWS = 8  # encoded at once
 

@@ -422,8 +422,8 @@ def read_clips(settings):
 
 
 def stage_settings(stage, settings):
-    """The settings that a stage depends on: all but those of later stages (--data, too, from whose
-    words the tiny tokenizer is made: it spells any text)."""
+    """The settings that a stage depends on: all but those of later stages. --data is one of these,
+    though the tiny tokenizer is made of its words: it spells any other text, too."""
     of_sft = ("sft_", "data", "test")
     of_align = ("caption_", "instruct_", "align_", "train", "projector_")
     later = {"encoder": of_align + of_sft, "align": of_sft, "sft": ()}[stage]
@@ -467,11 +467,11 @@ def run_stage(stage, settings, device):
 def run():
     settings = parse_settings(Settings, __doc__)
     require(settings, stage=("all", *STAGES), dtype=DTYPES)
-    frames = 100 / (settings.first_listen_rate or 25)  # of mel, averaged for a token
-    if settings.first_listen_rate and (
-            frames < 10 or settings.encoder == "small" and abs(frames - round(frames)) > 1e-6):
-        raise EchoError(f"--first-listen-rate {settings.first_listen_rate}: must divide 100 and be "
-                        "at most 10; 0: the full rate")
+    rate, small = settings.first_listen_rate, settings.encoder == "small"
+    whole_frames = rate and abs(100 / rate - round(100 / rate)) < 1e-6  # of mel, in an average
+    if rate > 10 or rate and small and not whole_frames:
+        raise EchoError(f"--first-listen-rate {rate}: must divide 100 and be at most 10; 0: the "
+                        "full rate")
     if settings.warmup > 1:
         raise EchoError(f"--warmup {settings.warmup}: a share of the steps, at most 1")
     device = pick_device(settings.device)
