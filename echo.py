@@ -13,14 +13,25 @@ The whole method, A being a clip and q a question about it:
     loss  = -min(ratio adv, clamp(ratio) adv) + kl_weight k3   # GRPO, arXiv 2402.03300; k3: the
                                                                # KL to the SFT policy, per token
 
-Stage 1, SFT, is a loop around `sft_loss`: it teaches to write tags, from text alone. Stage 2, RL,
-is a loop around `grpo_step`: it teaches to gain from what the tags bring. Read from the top: tags,
-samples, model, decoding, rewards, GRPO; the method ends there, plumbing follows.
+Stage 1, SFT, teaches to write tags: the clip is in the prompt, and no audio follows a tag. Stage 2,
+RL, teaches to gain from what the tags bring. Each is a loop around one function:
+
+    prompt = policy.prompt(policy.hear([wave], first_listen=True)[0], question, choices)
+    sft_loss(policy, [policy.add_response(prompt, chain), ...]).backward()
+    optimizer_step(optimizer)                      # of the parameters that require a gradient
+
+    reference = copy.deepcopy(policy).requires_grad_(False)        # the SFT policy, once
+    grpo_step(policy, reference, optimizer, questions, waves, seeds, GRPO())
+
+with a model from load() or Echo(config, encoder, decoder, tokenizer); settings and schedules are in
+train_sft.py and train_rl.py. Read from the top: tags, samples, model, decoding, rewards, GRPO; the
+method ends there. Helpers, encoders, saving and flags follow.
 """
 # SPDX-License-Identifier: MIT
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import inspect
 import json
 import math
@@ -85,7 +96,7 @@ def split_segments(text):
     return pairs, rest
 
 
-def parse_segment(inside, duration_s, turns=0, config=Config):
+def parse_segment(inside, duration_s, turns=0, config=Config()):
     """The text between <seg> and </seg> -> Segment, after `turns` heard ones; never raises. Its
     reason is None if it can be heard."""
     match = TIMES.fullmatch(inside or "")
@@ -113,7 +124,8 @@ AUDIO = -1  # stands in the ids where an audio token does; no id of any vocabula
 class Sample:
     """Text and audio as one sequence: the input of SFT, of a rollout and of its update."""
     ids: list = field(default_factory=list)       # token ids, AUDIO for each audio token
-    trained: list = field(default_factory=list)   # is this id to be learned? never for AUDIO
+    trained: list = field(default_factory=list)   # has this id a loss? In a rollout: what was
+                                                  # sampled; never AUDIO
     audio: list = field(default_factory=list)     # features (encoder dim,) of each AUDIO, in order
 
     def add(self, ids, trained=False):
@@ -123,7 +135,7 @@ class Sample:
 
     def add_audio(self, features):
         """Append an audio token for each row of `features` (n, encoder dim)."""
-        self.audio += features
+        self.audio += list(features)
         return self.add([AUDIO] * len(features))
 
 
@@ -132,13 +144,13 @@ class Echo(nn.Module):
     """Audio encoder, projector and a Qwen2 decoder; enc(.) of the paper is encoder, then projector.
 
     The encoder is frozen from the start: Whisper's weights, or those of a sound-event detector that
-    train_sft.py trains first. Both stages train the projector and the decoder; of a pretrained
-    decoder not the table of embeddings: the tags are made of tokens that it has."""
+    train_sft.py trains first, on thumbnails, too. Both stages train the projector and the decoder;
+    of a pretrained decoder not the embeddings and the head: the tags are made of tokens it has."""
 
     def __init__(self, config, encoder, decoder, tokenizer):
         super().__init__()
         self.config, self.encoder, self.decoder = config, encoder, decoder
-        self.tokenizer, self.bf16 = tokenizer, False
+        self.tokenizer, self.bf16 = tokenizer, False  # the scripts set bf16
         self.projector = nn.Linear(encoder.dim, decoder.config.hidden_size)
         self.encoder.requires_grad_(False)
         for table in (decoder.get_input_embeddings(), decoder.get_output_embeddings()):
@@ -157,8 +169,8 @@ class Echo(nn.Module):
 
     @torch.no_grad()
     def hear(self, waves, first_listen=False):
-        """Waveforms (N_i,) -> features (n_i, encoder dim), which the projector has yet to map; one
-        by one, so that nothing is padded, and each distinct one once."""
+        """Waveforms (N_i,) -> features (n_i, encoder dim), which embed() projects; one by one, so
+        that nothing is padded, and each distinct one once."""
         thumbnail = first_listen and self.config.thumbnail
         keys, features = [wave.numpy().tobytes() for wave in waves], {}
         for key, wave in zip(keys, waves):
@@ -166,18 +178,18 @@ class Echo(nn.Module):
                 features[key] = self.encoder(wave[None].to(self.device), thumbnail)[0]
         return [features[key] for key in keys]
 
-    def prompt(self, first_listen, question, choices=()):
+    def prompt(self, features, question, choices=()):
         """What a response continues: the first listen, its times as text, and the question.
 
             [audio]0.0[audio]0.5[audio]1.0 ... How many pulses has the hum? Choose from ...
 
-        first_listen: (n, encoder dim) features; [] without a clip. At the full rate a time stands
-        after the first token of each second."""
+        features: (n, encoder dim) of the first listen; [] for a question without a clip. Each token
+        is followed by the time at which it starts, at the full rate the first of each second."""
         sample, rate, every = Sample(), THUMBNAIL_RATE, 1
         if not self.config.thumbnail:
             rate = every = TOKENS_PER_SECOND
-        for i in range(len(first_listen)):
-            sample.add_audio(first_listen[i:i + 1])
+        for i in range(len(features)):
+            sample.add_audio(features[i:i + 1])
             if i % every == 0:
                 sample.add(self.ids(f"{i / rate:.1f}"))
         if choices:
@@ -195,7 +207,7 @@ class Echo(nn.Module):
         new = [s.ids[start:] for s, start in zip(samples, since or [0] * len(samples))]
         audio = []
         for s, ids in zip(samples, new):
-            audio += s.audio[len(s.audio) - ids.count(AUDIO):]
+            audio += s.audio[len(s.audio) - ids.count(AUDIO):]  # new ids have the last features
         ids = pad_left(new, self.device)
         x = self.decoder.get_input_embeddings()(ids.clamp_min(0))
         if audio:
@@ -204,13 +216,14 @@ class Echo(nn.Module):
 
     def hidden(self, x, mask, cache=None):
         """(B, T, D) embeddings -> last hidden states; `mask` (B, cached + T) marks the real tokens.
-        They have positions 0, 1, 2, ..., text and audio alike: what is causal is decided by the
-        columns, what comes first in a segment is in the encoder's own positions, too."""
+        They have positions 0, 1, 2, ..., text and audio alike, which RoPE needs for their order,
+        also within a segment; causality is the order of the columns."""
         position = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1]:]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return self.decoder.model(
                 inputs_embeds=x, attention_mask=mask, position_ids=position,
-                cache=cache, use_cache=cache is not None).last_hidden_state
+                cache=cache,  # past_key_values, before transformers 5.24
+                use_cache=cache is not None).last_hidden_state
 
     def logits(self, hidden):
         """(..., D) -> (..., V), in fp32: bf16 logits of 16 to 32 are 0.125 apart, too far for a
@@ -248,7 +261,7 @@ class Rollout:
     cached: int = 0             # ids before this one are in the KV cache
 
     @property
-    def heard(self):
+    def heard_segments(self):
         return [s for s in self.segments if s.heard]
 
 
@@ -260,19 +273,19 @@ def cut(wave, segment):
 @torch.no_grad()
 def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
     """Decode a response to each question about its clip: in training, evaluation and use.
-    questions: with .question and .choices; waves: their clips, (N,); listen(wave, segment): the
-    waveform that is heard, or None to reason in text; temperature 0 is greedy; seeds: a number or a
-    tuple of them for each response; None draws afresh. Returns Rollouts."""
+    questions: objects with .question and .choices; waves: their clips, (N,); listen(wave, segment):
+    the waveform that is heard, or None to reason in text; temperature 0 is greedy; seeds: a number
+    or a tuple of them for each response; None draws afresh. Returns Rollouts."""
     rows = []
-    room = model.decoder.config.max_position_embeddings // 2  # the rest is for the response
+    room = model.decoder.config.max_position_embeddings // 2  # 8 segments of 30 s: 6,000 tokens
     for k, features in enumerate(model.hear(waves, first_listen=True)):
         prompt = model.prompt(features, questions[k].question, questions[k].choices)
         draws = np.random.default_rng(seeds[k] if seeds else None)
         rows.append(Rollout(prompt, waves[k], draws))
         if len(prompt.ids) > room:
             rows[k].ended = "prompt too long"
-    # An outer context that changes nothing, but keeps what inner ones cast to bf16: the weights are
-    # cast once, not at every token.
+    # This context changes nothing, but what autocast has cast to bf16, in hidden(), is kept until
+    # the outermost one ends: the weights are cast once, not at every token.
     with torch.autocast(model.device.type, enabled=False):
         decode(model, [row for row in rows if not row.ended], listen, temperature)
     for row in rows:  # again from all ids: a letter beyond ASCII may have been cut between tokens
@@ -282,44 +295,29 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
 
 
 def decode(model, rows, listen, temperature):
-    """Write the responses of a batch, all in one KV cache, which has one width: a row that takes in
-    25 audio tokens makes all rows 25 columns wider. So a row that closes a segment waits. Once as
-    many rows wait as run, all their segments are encoded together and appended: one at a time,
-    each would cost the batch a pass, and waiting for the last row would idle most. A row that waits
-    or has ended gets masked padding."""
+    """Write the responses of a batch in one KV cache, which has one width: what a row takes in
+    beyond one token is padding to all others. So a row that closes a segment waits: inserted one by
+    one, the segments of 64 rows would cost 64 times 25 columns, together 25. It waits until as many
+    rows wait as run, not for the last, which may write on for long; meanwhile it gets padding, as
+    a row does that has ended."""
     cache = transformers.DynamicCache(config=model.decoder.config)
     mask = torch.zeros(len(rows), 0, dtype=torch.long, device=model.device)
     while not all(row.ended for row in rows):
-        runs = [not row.waiting and not row.ended for row in rows]
-        # new ids of a row: its prompt; or the last sampled id, and what it heard since; or none
+        runs = [not row.waiting and not row.ended for row in rows]  # some row always does
+        running = [row for row, run in zip(rows, runs) if run]
+        # What the cache lacks of a running row: first its prompt, then the id that it sampled last,
+        # and the audio behind that id if it has just listened. Of another row: nothing.
         since = [row.cached if run else len(row.sample.ids) for row, run in zip(rows, runs)]
         x, new = model.embed([row.sample for row in rows], since)
         mask = torch.cat([mask, new], 1)
-        hidden = model.hidden(x, mask, cache)[:, -1]                                     # (B, D)
-        running = [row for row, run in zip(rows, runs) if run]
-        logits = model.logits(hidden[torch.tensor(runs)])
-        for row, token, logp in zip(running, *sample_tokens(logits, running, temperature)):
-            row.cached = len(row.sample.ids)
+        hidden = model.hidden(x, mask, cache)[torch.tensor(runs), -1]            # (running, D)
+        tokens, logprobs = sample_tokens(model.logits(hidden), running, temperature)
+        for row, token, logp in zip(running, tokens, logprobs):
+            row.cached = len(row.sample.ids)  # all but the id that comes now
             add_token(model, row, token, logp, listen)
         waiting = [row for row in rows if row.waiting]
-        if 2 * len(waiting) >= len([row for row in rows if not row.ended]):
+        if 2 * len(waiting) >= sum(not row.ended for row in rows):
             listen_again(model, waiting, listen)
-
-
-def sample_tokens(logits, rows, temperature):
-    """The next token of each row and its log-prob: two lists. logits: (rows, V). Sampled by the
-    inverse of the cumulated probabilities: one draw, where torch.multinomial takes one an id."""
-    logp = (logits / (temperature or 1.0)).log_softmax(-1)
-    if not logp.isfinite().any(-1).all():
-        raise EchoError("the model's logits are not numbers; its training went wrong")
-    if temperature:
-        total = logp.exp().cumsum(-1)
-        draw = torch.tensor([[row.draws.random()] for row in rows]).to(total)
-        token = torch.searchsorted(total, draw * total[:, -1:], right=True)
-        token = token.clamp_max(logp.shape[1] - 1)
-    else:
-        token = logp.argmax(-1, keepdim=True)
-    return token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist()
 
 
 def add_token(model, row, token, logp, listen):
@@ -337,13 +335,14 @@ def add_token(model, row, token, logp, listen):
     if len(pairs) == len(row.segments):
         return
     duration_s = len(row.wave) / SAMPLE_RATE
-    segment = parse_segment(pairs[-1][1], duration_s, len(row.heard), model.config)
+    segment = parse_segment(pairs[-1][1], duration_s, len(row.heard_segments), model.config)
     if not segment.reason and not listen:
         segment.reason = "text reasoning"
     if not segment.reason and row.ended:
         segment.reason = "no room left"
-    row.waiting = segment.heard = not segment.reason
     row.segments.append(segment)
+    segment.heard = not segment.reason  # a row whose segment is refused is not told
+    row.waiting = segment.heard
 
 
 def listen_again(model, rows, listen):
@@ -386,7 +385,7 @@ def paper_reward(rollout, answer):
     return {"format": format_reward(rollout.text),
             "consistency": consistency_reward(rollout.text),
             "accuracy": 0.5 * right,
-            "segment": 0.5 * (right and bool(rollout.heard))}
+            "segment": 0.5 * (right and bool(rollout.heard_segments))}
 
 
 # =========================================================================================== 6 GRPO
@@ -394,7 +393,7 @@ def paper_reward(rollout, answer):
 class GRPO:
     group: int = 8              # responses to a question, as in the paper
     temperature: float = 1.0    # of the rollouts, as in the paper
-    mini_batches: int = 2       # updates a step, as in the paper (64 / 32)
+    mini_batches: int = 2       # updates a step, as in the paper: 64 questions, 32 in each
     clip_ratio: float = 0.2     # as in the paper
     kl_weight: float = 0.04     # of k3 against the SFT policy, as in the paper
     micro_batch: int = 32       # responses in one pass; gradients are accumulated over them
@@ -413,7 +412,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantage, clip_ratio=0.2, kl_weight=0.0
 
         ratio = exp(logp - old_logp)
         loss  = -min(ratio advantage, clamp(ratio, 1 - clip, 1 + clip) advantage) + kl_weight k3
-        k3    = exp(ref - logp) - (ref - logp) - 1      unbiased, never negative: KL(policy || ref)
+        k3    = exp(ref - logp) - (ref - logp) - 1      never negative; its mean: KL(policy || ref)
     Returns loss, k3, and whether the clipped ratio was the smaller one.
     """
     ratio = torch.exp(logp - old_logp)
@@ -424,13 +423,14 @@ def grpo_loss(logp, old_logp, ref_logp, advantage, clip_ratio=0.2, kl_weight=0.0
 
 def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, listen=cut,
               reward=paper_reward):
-    """Stage 2, one step: roll out, reward, compare within each group, update. seeds: one for each
-    response, question by question. Returns the Rollouts, their rewards by name, and metrics."""
+    """Stage 2, one step: roll out, reward, compare within each group, update. questions: objects
+    with .question, .choices and .answer; seeds: one for each response, question by question.
+    Returns the Rollouts, their rewards by name, and metrics."""
     questions = [q for q in questions for _ in range(grpo.group)]
     waves = [wave for wave in waves for _ in range(grpo.group)]
     responses = rollouts(policy, questions, waves, listen, grpo.temperature, seeds)
     parts = [reward(r, q.answer) for r, q in zip(responses, questions)]
-    rewards = torch.tensor([float(sum(part.values())) for part in parts]).view(-1, grpo.group)
+    rewards = torch.tensor(sums(parts, reward)).view(-1, grpo.group)
     advantages = group_advantages(rewards).flatten().to(policy.device)
     metrics = grpo_update(policy, reference, optimizer, responses, advantages, grpo)
     return responses, parts, metrics
@@ -439,38 +439,43 @@ def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, liste
 def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
     """`grpo.mini_batches` updates on the responses of one step. advantages: (responses,). What was
     sampled is trained: ids are never tokenised again, inserted audio has no loss, eos does. Old
-    log-probs are the policy's before the first update, by the very pass that trains: what cached
-    decoding gave is rounded otherwise, by `logp_gap`. Returns means over tokens, then responses."""
-    samples = [r.sample for r in responses]
-    updates = [batches(rows, grpo.micro_batch) for rows in
-               np.array_split(np.arange(len(responses)), grpo.mini_batches)]
-    old = {}
-    if len(updates) > 1:  # with a single one, the policy that it starts from is the old one
-        with torch.no_grad():
-            for rows in sum(updates, []):
-                old[rows[0]] = policy([samples[i] for i in rows], grpo.temperature)
-    total = dict.fromkeys(("loss", "kl", "clip_share", "entropy", "logp_gap"), 0.0)
-    for micro_batches in updates:
-        n_responses = sum_over_processes(sum(len(rows) for rows in micro_batches))
-        for rows in micro_batches:
-            logp = policy([samples[i] for i in rows], grpo.temperature)
+    log-probs are computed by the pass that trains, before the first update: those of sampling come
+    from other kernels, and in bf16 differ too much (`logp_gap`). A response without an advantage,
+    such as those of a flat group, would add its KL alone and is left out: that makes a step of the
+    toy 1.8 times as fast. Returns means over tokens, then responses."""
+    samples, updates = [r.sample for r in responses], []
+    for indices in np.array_split(np.arange(len(responses)), grpo.mini_batches):
+        taught, micro_batches = [i for i in indices if abs(advantages[i]) > 1e-3], []
+        for some in batches(taught, grpo.micro_batch):
+            with torch.no_grad():  # of a single mini-batch: the pass that trains has them
+                old_logp = policy([samples[i] for i in some], grpo.temperature) \
+                    if grpo.mini_batches > 1 else None
+            micro_batches.append((some, old_logp))
+        updates.append((len(indices), micro_batches))
+    total = dict.fromkeys(("loss", "kl", "clip_share", "entropy", "logp_gap", "share"), 0.0)
+    for n_responses, micro_batches in updates:
+        n_responses = sum_over_processes(n_responses)
+        for some, old_logp in micro_batches:
+            logp = policy([samples[i] for i in some], grpo.temperature)
+            old_logp = logp.detach() if old_logp is None else old_logp
             with torch.no_grad():
-                ref_logp = reference([samples[i] for i in rows], grpo.temperature)
-            old_logp = old.get(rows[0], logp.detach())
-            sampled = torch.cat([logp.new_tensor(responses[i].logprobs) for i in rows])
-            n_tokens = torch.tensor([len(responses[i].logprobs) for i in rows], device=logp.device)
-            advantage = advantages[rows].repeat_interleave(n_tokens)
+                ref_logp = reference([samples[i] for i in some], grpo.temperature)
+            sampled = torch.cat([logp.new_tensor(responses[i].logprobs) for i in some])
+            lengths = torch.tensor([len(responses[i].logprobs) for i in some], device=logp.device)
+            advantage = advantages[some].repeat_interleave(lengths)
             loss, k3, clipped = grpo_loss(logp, old_logp, ref_logp, advantage, grpo.clip_ratio,
                                           grpo.kl_weight)
-            # the paper's mean: over a response's tokens, then over responses
-            weight = (1 / n_tokens / n_responses).repeat_interleave(n_tokens)
-            (weight * loss).sum().backward()
+            # the paper's mean: over a response's tokens, then over all responses
+            share = (1 / lengths / n_responses).repeat_interleave(lengths)
+            (share * loss).sum().backward()
             seen = {"loss": loss, "kl": k3, "clip_share": clipped, "entropy": -sampled,
-                    "logp_gap": (old_logp - sampled).abs()}
+                    "logp_gap": (old_logp - sampled).abs(), "share": torch.ones_like(loss)}
             for name, x in seen.items():
-                total[name] += (weight * x.detach()).sum().item() / grpo.mini_batches
-        optimizer_step(optimizer)
-    return {name: sum_over_processes(x) for name, x in total.items()}
+                total[name] += (share * x.detach()).sum().item()
+        if sum_over_processes(len(micro_batches)):
+            optimizer_step(optimizer)
+    whole = sum_over_processes(total.pop("share")) or 1.0
+    return {name: sum_over_processes(x) / whole for name, x in total.items()}
 
 
 # ========================================================= The method ends here; plumbing follows.
@@ -488,6 +493,32 @@ def same_answer(a, b):
     """Are two answers the same? Case, outer punctuation and spacing don't count."""
     a, b = (" ".join(s.casefold().split()).strip(" .,;:!?\"'") for s in (a, b))
     return a == b
+
+
+def sample_tokens(logits, rows, temperature):
+    """The next token of each row and its log-prob: two lists. logits: (rows, V). Sampled by the
+    inverse of the cumulated probabilities: one draw, where torch.multinomial takes one an id."""
+    logp = (logits / (temperature or 1.0)).log_softmax(-1)
+    if not logp.isfinite().any(-1).all():
+        raise EchoError("the model's logits are not numbers; its training went wrong")
+    if temperature:
+        total = logp.exp().cumsum(-1)
+        draw = torch.tensor([[row.draws.random()] for row in rows]).to(total)
+        token = torch.searchsorted(total, draw * total[:, -1:], right=True)
+        token = token.clamp_max(logp.shape[1] - 1)
+    else:
+        token = logp.argmax(-1, keepdim=True)
+    return token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist()
+
+
+def sums(parts, reward):
+    """The rewards of some responses, from their parts by name."""
+    for part in parts:
+        if not isinstance(part, dict) or part.keys() != parts[0].keys() or \
+                not all(math.isfinite(value) for value in part.values()):
+            raise EchoError(f"{reward.__name__} returned {part}; needed: a dict with the same "
+                            "names each time and a finite number under each")
+    return [float(sum(part.values())) for part in parts]
 
 
 def batches(items, size):
@@ -674,7 +705,13 @@ def load(folder, device="cpu"):
     model = Echo(config, encoder, *read_decoder(folder))
     rest = torch.load(folder / "echo.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(model.state_dict() | rest)
+    model.sha1 = sha1(folder / "echo.pt")  # the projector changes whenever anything is trained
     return model.to(device)
+
+
+def sha1(path):
+    """What a run depends on is the content of its inputs, not their names."""
+    return hashlib.sha1(Path(path).read_bytes()).hexdigest()
 
 
 def write_atomically(path, data):
@@ -722,6 +759,8 @@ def parse_settings(cls, doc, defaults={}, bare=()):
 
 def main(run):
     """Run a script; a user's mistake ends it with one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # no letter ends a run
     try:
         sys.exit(run())
     except (EchoError, OSError, torch.OutOfMemoryError) as error:

@@ -101,14 +101,15 @@ def measure(questions, responses, categories=()):
             counts[name][1] += q.answer is not None
     segments = [s for r in responses for s in r.segments]
     lengths = [s.end_s - s.start_s for s in segments if s.heard]
-    once = [{t for s in r.heard for t in range(round(100 * s.start_s), round(100 * s.end_s))}
+    once = [{t for s in r.heard_segments
+             for t in range(round(100 * s.start_s), round(100 * s.end_s))}
             for r in responses]  # hundredths of a second
     n, once_s = len(responses), sum(map(len, once)) / 100
     counts |= {"segments": (len(lengths), n),
                "segment_s": (sum(lengths), len(lengths)),
                "overlap": (sum(lengths) - once_s, sum(lengths)),
-               "listened_once": (sum(len(r.heard) >= 1 for r in responses), n),
-               "listened_twice": (sum(len(r.heard) >= 2 for r in responses), n),
+               "listened_once": (sum(len(r.heard_segments) >= 1 for r in responses), n),
+               "listened_twice": (sum(len(r.heard_segments) >= 2 for r in responses), n),
                "rejected": (len(segments) - len(lengths), len(segments)),
                "truncated": (sum(r.ended == "length" for r in responses), n),
                "no_answer": (sum(extract_answer(r.text) is None for r in responses), n),
@@ -163,6 +164,11 @@ def use(model, settings):
         raise EchoError('no question: python generate.py clip.wav "question" --choices a b c d')
     responses = answer(model, questions, LISTEN[settings.listen], settings.temperature,
                        settings.seed, settings.batch)
+    for q in questions:
+        if q.answer and not any(same_answer(q.answer, choice) for choice in q.choices):
+            print(f"{q.row.get('id')}: {q.answer!r} is none of its choices: not scored",
+                  file=sys.stderr)
+            q.answer = None
     broken = [f"{q.row.get('id', q.path)}: {r.ended}" for q, r in zip(questions, responses)
               if not r.logprobs]
     if broken and not settings.benchmark:
@@ -190,17 +196,15 @@ def use(model, settings):
 # From here on: drawing. A reader of the method can stop.
 
 COLOURS = ("#d9480f", "#1971c2", "#2f9e44", "#9c36b5", "#c2255c", "#0c8599", "#e67700", "#5f3dc4")
-STYLE = """<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root{color-scheme:light dark;--soft:light-dark(#666,#a0a0a0)}h1{font-size:1.3rem}h2{font-size:1rem}
+STYLE = """<!doctype html><html lang="en"><meta charset="utf-8"><style>
 body{margin:auto;padding:1rem;max-width:60rem;font:16px/1.5 system-ui,sans-serif}
-.soft,.axis{color:var(--soft)}.axis{display:flex;justify-content:space-between;font-size:.8rem}
+.axis{display:flex;justify-content:space-between;font-size:.8rem;color:#777}
 .spectrogram{position:relative}img{width:100%;height:12rem;display:block}audio{width:100%}
 .span{position:absolute;top:0;bottom:0;box-sizing:border-box;border:solid var(--c);
 border-width:0 2px;background:color-mix(in srgb,var(--c) 27%,#0000)}
-.response,svg{background:#8881;border-radius:8px}svg text{fill:var(--soft);font-size:11px}
+.response,svg{background:#8881;border-radius:8px}svg text{fill:#777;font-size:11px}
 .response{padding:.8rem;overflow-wrap:anywhere;white-space:pre-wrap}
-.chip{font:inherit;color:var(--soft);border:1px dashed;border-radius:1rem;padding:0 .6rem}
+.chip{font:inherit;color:#777;border:1px dashed;border-radius:1rem;padding:0 .6rem}
 button.chip{color:#fff;background:var(--c);border:0;cursor:pointer}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1rem}
 .right{color:#2f9e44}.wrong{color:#e03131}</style>"""
@@ -287,7 +291,7 @@ def trace_html(q, rollout):
 <p><b>{escape(q.question)}</b> {escape(", ".join(q.choices))}</p>
 <div class="response">{response}</div>
 <p>Answer: <b>{escape(said or "none")}</b> <b class="{verdict}">{verdict}</b>
-<span class="soft">truth: {escape(q.answer or "?")}, ended: {rollout.ended}</span></p></div>"""
+truth: {escape(q.answer or "?")}, ended: {rollout.ended}</p></div>"""
 
 
 def report_page(folder, against=""):

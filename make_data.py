@@ -71,10 +71,12 @@ def carrier(kind, t, rng):
     return sound / np.sqrt(np.mean(sound ** 2))
 
 
-def steady(recording):
+def steady(path):
     """A recording without its pauses and at one loudness over 50 ms, so that its own rise and fall
     is not taken for pulses."""
-    n = SAMPLE_RATE // 20
+    recording, n = load_audio(path).numpy(), SAMPLE_RATE // 20
+    if np.abs(recording).max() < 1e-4:
+        raise EchoError(f"{path}: silent")
     recording = np.resize(recording, max(len(recording), SAMPLE_RATE))  # a short one, repeated
     loudness = np.sqrt(np.convolve(recording ** 2, np.ones(n) / n, mode="same") + 1e-12)
     audible = loudness > 0.03 * loudness.max()
@@ -84,7 +86,7 @@ def steady(recording):
 def read_sounds(folder, hold_out, seed):
     """Recordings by kind for training and for the test: {kind: [(N,), ...]} twice."""
     train, test = {}, {}
-    folders = sorted(p for p in Path(folder).glob("*") if p.is_dir())
+    folders = sorted(p for p in Path(folder).glob("[!.]*") if p.is_dir())
     if len(folders) < 5:
         raise EchoError(f"--sounds {folder}: {len(folders)} folders; needed: one for each kind of "
                         "sound, five or more")
@@ -94,7 +96,7 @@ def read_sounds(folder, hold_out, seed):
         if kind in train or not kind or len(files) < 1 + (hold_out > 0):
             raise EchoError(f"{path}: {len(files)} WAV files for kind {kind!r}; needed: at least "
                             f"{1 + (hold_out > 0)}, and a name that no other folder has")
-        recordings = [steady(load_audio(p).numpy()) for p in files]
+        recordings = [steady(p) for p in files]
         np.random.default_rng([seed, len(train)]).shuffle(recordings)
         n_held = min(math.ceil(hold_out * len(files)), len(files) - 1)
         train[kind] = recordings[n_held:]
@@ -212,7 +214,8 @@ def break_qa(fault, row, events, kinds, rng):
                              "cot": row["cot"].replace(f"<answer>{answer}<", f"<answer>{wrong}<")},
             "absent_sound": {"question": re.sub(r"the (\S+)\?", f"the {absent}?", question)},
             "lost_choice": {"multi_choice": ["siren" if c == answer else c for c in choices]},
-            "double_choice": {"multi_choice": [answer if c == wrong else c for c in choices]}}[fault]
+            "double_choice": {"multi_choice": [answer if c == wrong else c for c in choices]},
+            }[fault]
 
 
 def break_chain(fault, row, kinds, rng):
@@ -405,6 +408,8 @@ def read_rows(path, needs=()):
             rows = []
             for number, line in enumerate(text.split("\n"), 1):
                 rows += [json.loads(line)] if line.strip() else []
+        for number, row in enumerate(rows, 1):
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair can't be written
     except (ValueError, RecursionError) as error:  # of UTF-8, too
         raise EchoError(f"{path}, row {number}: not UTF-8 or not JSON ({error}); needed: a list of "
                         "objects, or an object a line") from None

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from echo import (GRPO, EchoError, grpo_step, load, main, paper_reward, parse_settings,
-                  pick_device, processes, sum_over_processes)
+                  pick_device, processes, sha1, sum_over_processes)
 from generate import LISTEN, evaluate, measure, report_page
 from make_data import load_audio, read_questions
 from train_sft import Training, is_finished, linear_schedule
@@ -35,7 +35,7 @@ class Settings(GRPO):
     out: str = "runs/rl"        # folder for the log, the save and the model
     listen: Literal["segment", "nothing", "silence", "elsewhere"] = "segment"  # what is heard at a
                                 # tag; nothing: text reasoning; the last two are controls
-    steps: int = 120            # the paper: one epoch of 21.9k rows
+    steps: int = 80             # the paper: one epoch of 21.9k rows
     questions: int = 8          # prompts a step; the paper: 64
     lr: float = 2e-4            # the paper: 1e-6, for 7 billion parameters
     projector_rate: float = 1.0  # the projector's learning rate, as a factor
@@ -50,14 +50,13 @@ PRETRAINED = dict(steps=12, questions=32, group=6, lr=1e-5, projector_rate=0.2, 
                   micro_batch=8, save_every=3, bf16=torch.cuda.is_available())
 
 
-def train(policy, settings):
+def train(policy, settings, depends_on):
     reference = copy.deepcopy(policy).requires_grad_(False)
     rows = read_questions(settings.data, settings.audio_root)
     test = []
     if settings.test != "none":
         test = read_questions(settings.test, settings.audio_root)[:150]
-    training = Training(settings.out, policy, asdict(settings),
-                        {"projector": settings.projector_rate})
+    training = Training(settings.out, policy, depends_on, {"projector": settings.projector_rate})
     for step in training.steps(settings.steps, "grpo"):
         if step % settings.eval_every == 0:
             check(policy, training, test, settings)
@@ -109,8 +108,10 @@ def run():
     if settings.questions % multiple or settings.group < 2:
         raise EchoError(f"--questions {settings.questions}: must be a multiple of --mini-batches x "
                         f"processes, {multiple}, and --group at least 2")
-    if not is_finished(settings.out, asdict(settings)):
-        train(policy, settings)
+    depends_on = asdict(settings) | {"sha1 of --model": policy.sha1,
+                                     "sha1 of --data": sha1(settings.data)}
+    if not is_finished(settings.out, depends_on):
+        train(policy, settings, depends_on)
 
 
 if __name__ == "__main__":

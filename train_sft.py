@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from echo import (SAMPLE_RATE, THUMBNAIL_RATE, TOKENS_PER_SECOND, Config, Echo, EchoError, Segment,
                   SmallEncoder, batches, cut, load, main, optimizer_step, parse_settings,
-                  pick_device, processes, read_decoder, read_whisper, save, sft_loss,
+                  pick_device, processes, read_decoder, read_whisper, save, sft_loss, sha1,
                   split_segments, sum_over_processes, write_atomically)
 from generate import evaluate
 from make_data import (NUMBERS, QUESTIONS, from_edge, load_audio, look_for, read_questions,
@@ -48,9 +48,9 @@ class Settings:
     base_instructions: int = 800     # steps
     base_batch: int = 8
     base_lr: float = 1e-3
-    sft_steps: int = 100             # the paper: one epoch of 75.9k rows
+    sft_steps: int = 200             # the paper: one epoch of 75.9k rows
     sft_batch: int = 16
-    sft_lr: float = 3e-4             # the paper: 5e-6, for 7 billion parameters
+    sft_lr: float = 4e-4             # the paper: 5e-6, for 7 billion parameters
     projector_rate: float = 1.0      # the projector's learning rate, as a factor
     micro_batch: int = 16            # rows in one pass; gradients are accumulated over them
     bf16: bool = False               # bf16 arithmetic in the decoder
@@ -121,7 +121,10 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         self.file, log_bytes = self.folder / "training.pt", 0
         if self.file.is_file():
-            saved = torch.load(self.file, map_location="cpu", weights_only=True)
+            try:
+                saved = torch.load(self.file, map_location="cpu", weights_only=True)
+            except Exception:  # each way of being broken has its own
+                raise EchoError(f"{self.file}: broken; delete it to start again") from None
             module.load_state_dict(saved["trained"], strict=False)
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, log_bytes = saved["step"], saved["log_bytes"]
@@ -408,8 +411,8 @@ def train_base(model, training, settings):
 
 def whole_clip(model, path, events, clips, rng, instruct):
     """Captions name every sound in RANDOM order: in order of time, where a sound is could be had
-    without its name. Instructions name the sounds to describe, or one and what follows it; half of
-    them come with the segments' audio."""
+    without its name. Instructions name the sounds to describe, or one and all that follow it; half
+    of them come with the segments' audio."""
     mixed = [events[i] for i in rng.permutation(len(events))]
     ask, said = "Describe every sound.", [look_for(e) for e in mixed]
     if instruct and rng.random() < 0.5:
@@ -417,8 +420,8 @@ def whole_clip(model, path, events, clips, rng, instruct):
         ask = f"Describe {', '.join('the ' + e['kind'] for e in mixed[:len(said)])}."
     elif instruct and len(events) > 1:
         i = int(rng.integers(len(events) - 1))
-        ask = f"Describe the {events[i]['kind']} and what comes right after it."
-        said = [look_for(events[i]), then_comes(events[i + 1])]
+        ask = f"Describe the {events[i]['kind']} and what comes after it."
+        said = [look_for(events[i]), *map(then_comes, events[i + 1:])]
     listen = instruct and rng.random() < 0.5
     prompt = model.prompt(clips(path), ask)
     return add_grounded(model, prompt, " ".join(said), path, clips, listen)
@@ -430,7 +433,8 @@ def short_clips(model, path, events, clips, rng, kinds):
     category = str(rng.choice(list(QUESTIONS))) if len(events) > 1 else "count"
     row = write_row(category, events, rng, kinds)
     prompt = model.prompt([], row["question"], row["multi_choice"])
-    return add_grounded(model, prompt, row["cot"], path, clips, listen=True, place=False)
+    listen = rng.random() < 0.75  # else: how an answer follows from a chain, whatever the distance
+    return add_grounded(model, prompt, row["cot"], path, clips, listen, place=False)
 
 
 def add_grounded(model, sample, text, path, clips, listen, place=True):
@@ -452,24 +456,27 @@ STAGES = {"encoder": ("base_", "sft_", "projector_", "test"),  # and flags that 
 
 def run_stage(stage, settings, device):
     """Train one stage, from the model of the one before."""
-    mine = {k: v for k, v in asdict(settings).items() if not k.startswith(STAGES[stage])}
     folder = Path(settings.out) / stage
-    if is_finished(folder, mine):
+    depends_on = {k: v for k, v in asdict(settings).items() if not k.startswith(STAGES[stage])}
+    depends_on |= {"sha1 of --clips": sha1(settings.clips), "sha1 of --data": sha1(settings.data)}
+    if stage != "encoder":
+        model = load(folder.with_name({"base": "encoder", "sft": "base"}[stage]), device)
+        model.bf16 = settings.bf16
+        depends_on["sha1 of the stage before"] = model.sha1
+    if is_finished(folder, depends_on):
         return
-    if stage == "encoder":
+    if stage != "encoder":
+        training = Training(folder, model, depends_on, {"projector": settings.projector_rate})
+        {"base": train_base, "sft": train_sft}[stage](model, training, settings)
+    else:
         torch.manual_seed(settings.seed)
         described, kinds = read_clips(settings)
         model = new_model(settings, described).to(device)
         detector = Detector(model.encoder, kinds).to(device)
-        training = Training(folder, detector, mine)
+        training = Training(folder, detector, depends_on)
         if settings.encoder == "small":
             train_encoder(detector, training, described, settings)
         start_projector(model, detector, described)
-    else:
-        model = load(Path(settings.out) / {"base": "encoder", "sft": "base"}[stage], device)
-        model.bf16 = settings.bf16
-        training = Training(folder, model, mine, {"projector": settings.projector_rate})
-        {"base": train_base, "sft": train_sft}[stage](model, training, settings)
     training.finish(model)
 
 
