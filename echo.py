@@ -3,7 +3,7 @@
 The whole method, A being a clip and q a question about it:
 
     x = prompt(A, q)                               # the clip, heard once, and the question
-    until the response o ends with eos:
+    until the response o ends with eos (or is too long):
         o += sample(policy(x + o))                 # one token of text
         if o closes <seg>s, e</seg>:
             o += enc(A[s:e])                       # hear that part of the ORIGINAL waveform again
@@ -23,9 +23,8 @@ RL, teaches to gain from what the tags bring. Each is a loop around one function
     reference = copy.deepcopy(policy).requires_grad_(False)        # the SFT policy, once
     grpo_step(policy, reference, optimizer, questions, waves, seeds, GRPO())
 
-with a model from load() or Echo(config, encoder, decoder, tokenizer); settings and schedules are in
-train_sft.py and train_rl.py. Read from the top: tags, samples, model, decoding, rewards, GRPO; the
-method ends there. Helpers, encoders, saving and flags follow.
+Settings and schedules are in train_sft.py and train_rl.py. Read from the top: tags, samples, model,
+decoding, rewards, GRPO; the method ends there. Helpers, encoders, saving and flags follow.
 """
 # SPDX-License-Identifier: MIT
 import contextlib
@@ -101,14 +100,14 @@ def parse_segment(inside, duration_s, turns=0, config=Config()):
     reason is None if it can be heard."""
     match = TIMES.fullmatch(inside or "")
     if not match:
-        return Segment("</seg> without <seg>" if inside is None else inside, reason="malformed")
+        return Segment(inside or "", reason="malformed")
     start_s, end_s = map(float, match.groups())
     if start_s < duration_s < end_s <= duration_s + config.end_slack_s:
         end_s = duration_s
     length_s = end_s - start_s
     wrong = {"reversed": length_s < 0,
              "outside the clip": end_s > duration_s,
-             "too short": length_s < config.min_segment_s - 1e-6,  # written times are rounded
+             "too short": length_s < config.min_segment_s - 1e-6,  # 0.3 - 0.1 < 0.2
              "too long": length_s > config.max_segment_s + 1e-6,
              "too many turns": turns >= config.max_turns}
     reason = next((name for name, holds in wrong.items() if holds), None)
@@ -144,8 +143,8 @@ class Echo(nn.Module):
     """Audio encoder, projector and a Qwen2 decoder; enc(.) of the paper is encoder, then projector.
 
     The encoder is frozen from the start: Whisper's weights, or those of a sound-event detector that
-    train_sft.py trains first, on thumbnails, too. Both stages train the projector and the decoder;
-    of a pretrained decoder not the embeddings and the head: the tags are made of tokens it has."""
+    train_sft.py trains first, on full-rate and thumbnail input. Both stages train the projector and
+    the decoder, but not a pretrained decoder's embeddings and head, since no token is new."""
 
     def __init__(self, config, encoder, decoder, tokenizer):
         super().__init__()
@@ -156,8 +155,8 @@ class Echo(nn.Module):
         for table in (decoder.get_input_embeddings(), decoder.get_output_embeddings()):
             table.requires_grad_(config.decoder == "tiny")
         self.piece = functools.cache(lambda token: tokenizer.decode([token]))  # a token's text
-        stop = decoder.generation_config.eos_token_id or []
-        self.eos_ids = {tokenizer.eos_token_id, *([stop] if isinstance(stop, int) else stop)}
+        stop = decoder.generation_config.eos_token_id
+        self.eos_ids = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])}
         self.eval()  # for good: nothing drops out, in training neither
 
     @property
@@ -169,8 +168,8 @@ class Echo(nn.Module):
 
     @torch.no_grad()
     def hear(self, waves, first_listen=False):
-        """Waveforms (N_i,) -> features (n_i, encoder dim), which embed() projects; one by one, so
-        that nothing is padded, and each distinct one once."""
+        """Waveforms (N_i,) on the CPU -> features (n_i, encoder dim), which embed() projects; one
+        by one, so that nothing is padded, and each distinct one once."""
         thumbnail = first_listen and self.config.thumbnail
         keys, features = [wave.numpy().tobytes() for wave in waves], {}
         for key, wave in zip(keys, waves):
@@ -207,7 +206,7 @@ class Echo(nn.Module):
         new = [s.ids[start:] for s, start in zip(samples, since or [0] * len(samples))]
         audio = []
         for s, ids in zip(samples, new):
-            audio += s.audio[len(s.audio) - ids.count(AUDIO):]  # new ids have the last features
+            audio += s.audio[len(s.audio) - ids.count(AUDIO):]  # of the last ids: the last ones
         ids = pad_left(new, self.device)
         x = self.decoder.get_input_embeddings()(ids.clamp_min(0))
         if audio:
@@ -284,8 +283,8 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
         rows.append(Rollout(prompt, waves[k], draws))
         if len(prompt.ids) > room:
             rows[k].ended = "prompt too long"
-    # This context changes nothing, but what autocast has cast to bf16, in hidden(), is kept until
-    # the outermost one ends: the weights are cast once, not at every token.
+    # Disabled, it only holds open the cache of autocast, in hidden(): the weights are cast to bf16
+    # once, not at every token.
     with torch.autocast(model.device.type, enabled=False):
         decode(model, [row for row in rows if not row.ended], listen, temperature)
     for row in rows:  # again from all ids: a letter beyond ASCII may have been cut between tokens
@@ -295,11 +294,11 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
 
 
 def decode(model, rows, listen, temperature):
-    """Write the responses of a batch in one KV cache, which has one width: what a row takes in
-    beyond one token is padding to all others. So a row that closes a segment waits: inserted one by
-    one, the segments of 64 rows would cost 64 times 25 columns, together 25. It waits until as many
-    rows wait as run, not for the last, which may write on for long; meanwhile it gets padding, as
-    a row does that has ended."""
+    """Write the responses of a batch in one KV cache. Each pass adds the same number of columns to
+    every row, and rows with less to add are padded on the left. A row adds one token, but 25 for a
+    second of audio; so one that closes a segment waits, until as many rows wait as run, and their
+    audio is added in one pass: one by one it would pad all rows each time. Waiting for the last
+    row would idle most. A row that waits, or has ended, adds padding alone."""
     cache = transformers.DynamicCache(config=model.decoder.config)
     mask = torch.zeros(len(rows), 0, dtype=torch.long, device=model.device)
     while not all(row.ended for row in rows):
@@ -316,7 +315,7 @@ def decode(model, rows, listen, temperature):
             row.cached = len(row.sample.ids)  # all but the id that comes now
             add_token(model, row, token, logp, listen)
         waiting = [row for row in rows if row.waiting]
-        if 2 * len(waiting) >= sum(not row.ended for row in rows):
+        if 2 * len(waiting) >= sum(not row.ended for row in rows):  # so, too, if none runs
             listen_again(model, waiting, listen)
 
 
@@ -430,8 +429,8 @@ def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, liste
     waves = [wave for wave in waves for _ in range(grpo.group)]
     responses = rollouts(policy, questions, waves, listen, grpo.temperature, seeds)
     parts = [reward(r, q.answer) for r, q in zip(responses, questions)]
-    rewards = torch.tensor(sums(parts, reward)).view(-1, grpo.group)
-    advantages = group_advantages(rewards).flatten().to(policy.device)
+    rewards = torch.tensor(sums(parts), dtype=torch.float64).view(-1, grpo.group)
+    advantages = group_advantages(rewards).flatten().float().to(policy.device)
     metrics = grpo_update(policy, reference, optimizer, responses, advantages, grpo)
     return responses, parts, metrics
 
@@ -439,20 +438,21 @@ def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, liste
 def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
     """`grpo.mini_batches` updates on the responses of one step. advantages: (responses,). What was
     sampled is trained: ids are never tokenised again, inserted audio has no loss, eos does. Old
-    log-probs are computed by the pass that trains, before the first update: those of sampling come
-    from other kernels, and in bf16 differ too much (`logp_gap`). A response without an advantage,
-    such as those of a flat group, would add its KL alone and is left out: that makes a step of the
-    toy 1.8 times as fast. Returns means over tokens, then responses."""
+    log-probs come from the same forward as in the update: sampling has other kernels, which round
+    otherwise, in bf16 too far (logp_gap). Returns means over the tokens that had a part."""
     samples, updates = [r.sample for r in responses], []
     for indices in np.array_split(np.arange(len(responses)), grpo.mini_batches):
+        # Without an advantage, as in a flat group, a response would add its KL alone. Left out, a
+        # step of the toy is 1.8 times as fast.
         taught, micro_batches = [i for i in indices if abs(advantages[i]) > 1e-3], []
         for some in batches(taught, grpo.micro_batch):
-            with torch.no_grad():  # of a single mini-batch: the pass that trains has them
-                old_logp = policy([samples[i] for i in some], grpo.temperature) \
-                    if grpo.mini_batches > 1 else None
+            old_logp = None  # with one mini-batch: those of the update itself
+            if grpo.mini_batches > 1:
+                with torch.no_grad():
+                    old_logp = policy([samples[i] for i in some], grpo.temperature)
             micro_batches.append((some, old_logp))
         updates.append((len(indices), micro_batches))
-    total = dict.fromkeys(("loss", "kl", "clip_share", "entropy", "logp_gap", "share"), 0.0)
+    seen = {name: [] for name in ("loss", "kl", "clip_share", "entropy", "logp_gap")}
     for n_responses, micro_batches in updates:
         n_responses = sum_over_processes(n_responses)
         for some, old_logp in micro_batches:
@@ -466,16 +466,15 @@ def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
             loss, k3, clipped = grpo_loss(logp, old_logp, ref_logp, advantage, grpo.clip_ratio,
                                           grpo.kl_weight)
             # the paper's mean: over a response's tokens, then over all responses
-            share = (1 / lengths / n_responses).repeat_interleave(lengths)
-            (share * loss).sum().backward()
-            seen = {"loss": loss, "kl": k3, "clip_share": clipped, "entropy": -sampled,
-                    "logp_gap": (old_logp - sampled).abs(), "share": torch.ones_like(loss)}
-            for name, x in seen.items():
-                total[name] += (share * x.detach()).sum().item()
+            weight = (1 / lengths / n_responses).repeat_interleave(lengths)
+            (weight * loss).sum().backward()
+            for name, x in {"loss": loss, "kl": k3, "clip_share": clipped, "entropy": -sampled,
+                            "logp_gap": (old_logp - sampled).abs()}.items():
+                seen[name] += x.tolist()
         if sum_over_processes(len(micro_batches)):
             optimizer_step(optimizer)
-    whole = sum_over_processes(total.pop("share")) or 1.0
-    return {name: sum_over_processes(x) / whole for name, x in total.items()}
+    n = sum_over_processes(len(seen["loss"])) or 1
+    return {name: sum_over_processes(sum(values)) / n for name, values in seen.items()}
 
 
 # ========================================================= The method ends here; plumbing follows.
@@ -511,12 +510,12 @@ def sample_tokens(logits, rows, temperature):
     return token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist()
 
 
-def sums(parts, reward):
+def sums(parts):
     """The rewards of some responses, from their parts by name."""
     for part in parts:
         if not isinstance(part, dict) or part.keys() != parts[0].keys() or \
                 not all(math.isfinite(value) for value in part.values()):
-            raise EchoError(f"{reward.__name__} returned {part}; needed: a dict with the same "
+            raise EchoError(f"the reward function returned {part}; needed: a dict with the same "
                             "names each time and a finite number under each")
     return [float(sum(part.values())) for part in parts]
 
@@ -588,14 +587,9 @@ class SmallEncoder(nn.Module):
             power = power.repeat_interleave(4, dim=2)                  # 4 frames make one token
         x = power.clamp_min(1e-6).log10() + 2                          # about centred on 0
         x = F.gelu(self.conv2(F.gelu(self.conv1(x)))).transpose(1, 2)  # (B, n, dim)
-        return self.layers(x + sinusoids(*x.shape[1:], x.device))
-
-
-def sinusoids(length, dim, device):
-    """(length, dim) sine and cosine positions."""
-    rate = 10_000 ** (-torch.arange(0, dim, 2, device=device) / dim)
-    angle = torch.arange(length, device=device)[:, None] * rate
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
+        rate = 10_000 ** (-torch.arange(0, self.dim, 2, device=x.device) / self.dim)
+        angle = torch.arange(x.shape[1], device=x.device)[:, None] * rate
+        return self.layers(x + torch.cat([angle.sin(), angle.cos()], dim=1))
 
 
 class WhisperEncoder(nn.Module):
@@ -681,8 +675,8 @@ def save(model, folder):
         model.encoder.whisper.config.save_pretrained(temporary / "encoder")
         model.encoder.extractor.save_pretrained(temporary / "encoder")
     rest = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
-    write_atomically(temporary / "echo.pt", lambda file: torch.save(rest, file))
-    write_atomically(temporary / "echo.json", json.dumps(dataclasses.asdict(model.config)))
+    torch.save(rest, temporary / "echo.pt")
+    (temporary / "echo.json").write_text(json.dumps(dataclasses.asdict(model.config)))
     os.sync()  # all of it is on the disk before it has its name
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
@@ -720,13 +714,10 @@ def write_atomically(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        if not callable(data):
-            file.write(data if isinstance(data, bytes) else data.encode())
+        if callable(data):
+            data(file)
         else:
-            try:
-                data(file)
-            except RuntimeError as error:  # torch.save's own word for a full disk
-                raise EchoError(f"{path}: can't be written ({error})") from None
+            file.write(data if isinstance(data, bytes) else data.encode())
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

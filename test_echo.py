@@ -42,10 +42,10 @@ Asked = namedtuple("Asked", "question choices answer")
 torch.set_num_threads(1)  # quick for micro models, and other processes round alike
 
 
-def run(command, *args):
+def run(command, *args, encoding="utf-8"):
     """Run "script --flag ..." and more flags in this process: exit code, stdout, stderr."""
     name, *flags = command.split()
-    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
     argv = mock.patch.object(sys, "argv", [name, *flags, *map(str, args)])
     with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
             pytest.raises(SystemExit) as end:
@@ -487,7 +487,7 @@ def test_grpo_update_against_a_plain_double_loop(model, write, monkeypatch, micr
     responses = respond(within(policy, 200), waves, temperature=0.7)
     for r in responses:
         r.logprobs = [x + 0.01 for x in r.logprobs]
-    optimizer, want = sgd(policy, 0.5), np.zeros(5)
+    optimizer, want = sgd(policy, 0.5), []
     got = echo.grpo_update(policy, reference, optimizer, responses, advantages,
                            GRPO(temperature=0.7, micro_batch=micro_batch))
     by_hand, old = sgd(plain, 0.5), [plain([r.sample], 0.7).tolist() for r in responses]
@@ -503,11 +503,12 @@ def test_grpo_update_against_a_plain_double_loop(model, write, monkeypatch, micr
                 total = total + share * loss
                 parts = (loss.item(), k3.item(), float(bounded < free), -responses[i].logprobs[t],
                          abs(old[i][t] - responses[i].logprobs[t]))
-                want += share * np.array(parts) / 2
+                want.append(parts)
         by_hand.zero_grad()
         total.backward()
         by_hand.step()
     assert list(got) == ["loss", "kl", "clip_share", "entropy", "logp_gap"]
+    want = np.mean(want, 0)
     assert list(got.values()) == pytest.approx(want, abs=2e-4) and (want[1:] > 0).all()
     for (k, a), b in zip(policy.named_parameters(), plain.parameters()):
         assert (a - b).abs().max() < 2e-4, k
@@ -542,6 +543,12 @@ def test_flat_groups_teach_nothing_and_bad_gradients_end(model, write):
     _, _, metrics = echo.grpo_step(policy, model, sgd(policy, 1.0), asked(1), [noise(1.0)],
                                    range(4), GRPO(group=4))
     assert metrics["loss"] == 0 and all(map(torch.equal, policy.parameters(), model.parameters()))
+    for parts in ([{"a": math.nan}], [{"a": 1.0}, {}], [None]):
+        assert "reward function" in error_of(echo.sums, parts)
+    long = [Asked("what " * 20_000, ["a"], "a")]  # a question that does not fit ends no run
+    responses, *_ = echo.grpo_step(policy, model, sgd(policy), asked(1) + long, [noise(1.0)] * 2,
+                                   range(4), GRPO(group=2))
+    assert [r.ended for r in responses] == ["eos"] * 2 + ["prompt too long"] * 2
     policy.projector.weight.grad = torch.full_like(policy.projector.weight, math.nan)
     assert "lower learning rate" in error_of(echo.optimizer_step, sgd(policy))
 
@@ -636,7 +643,9 @@ def test_an_update_begins_at_the_reference(model, qwen, write, decoder, bf16):
         got = echo.grpo_update(policy, reference, sgd(policy), responses, advantages,
                                GRPO(mini_batches=n, micro_batch=3))
         assert got["kl"] == got["clip_share"] == 0 < got["logp_gap"] < (0.1 if bf16 else 1e-5)
-        assert got["loss"] == pytest.approx(-0.7, abs=1e-6)
+        lengths = torch.tensor([len(r.logprobs) for r in responses])
+        want = -(advantages * lengths).sum() / lengths.sum()
+        assert got["loss"] == pytest.approx(want.item(), abs=1e-6)
     assert all(p.dtype == torch.float32 for p in policy.parameters())
     assert policy.logits(torch.randn(2, policy.decoder.config.hidden_size)).dtype == torch.float32
 
@@ -727,7 +736,10 @@ def test_recorded_sounds(tmp_path):
     good(*job)
     clips = read_rows(tmp_path / "data/clips.jsonl")
     assert {e["kind"] for clip in clips for e in clip["A4_events"]} == set(train)
+    (folder / "gong/0.WAV").write_bytes(wav_bytes(np.zeros(8000)))
+    assert "gong/0.WAV: silent" in mistake(*job)
     shutil.rmtree(folder / "gong")
+    (folder / ".ipynb_checkpoints").mkdir()
     assert "4 folders" in mistake(*job)
 
 
@@ -742,6 +754,7 @@ ROW = {"question": "q", "answer": "a", "audio_path": "x.wav", "multi_choice": ["
     (ROW | {"answer": "c"}, "row 1: the answer 'c' is not among the choices"),
     (ROW, "row 1: no such file"), (json.dumps(ROW) + '\n{"question": \n', "row 2: not UTF-8 or"),
     ("[1]", "row 1"), ('[{"question": "q"', "not JSON"), ("", "no rows"), ("[]", "no rows"),
+    (json.dumps(ROW | {"question": "\ud83d"}), "row 1: not UTF-8"), ('{\n"a": 1}', "a list of"),
     (b"\xff\xfe{\0}\0", "not UTF-8"), (b'{"question": "\xe9"}', "not UTF-8")])
 def test_broken_rows_are_one_line(tmp_path, content, says):
     content = json.dumps(content) if isinstance(content, dict) else content
@@ -871,6 +884,16 @@ def test_what_is_trained_already(trained, tmp_path):
     good(*sft(trained, tmp_path, "--sft-steps 2"))  # of no matter to the stages before
     assert [e["step"] for e in log_of(tmp_path / "sft")] == [1, 2, 2]
     assert "begun with thumbnail = True" in mistake(*sft(trained, tmp_path, "--no-thumbnail"))
+    shutil.copytree(trained / "rl", tmp_path / "rl")  # of another model than this one:
+    other = rl(trained, tmp_path / "rl", "", "--model", tmp_path / "sft")
+    assert "was begun with model = " in mistake(*other)
+    shutil.rmtree(tmp_path / "rl/model")
+    (tmp_path / "rl/training.pt").write_bytes(b"half")
+    assert "training.pt: broken" in mistake(*rl(trained, tmp_path / "rl"))
+    began = json.loads((tmp_path / "rl/settings.json").read_text()) | {"model": f"{tmp_path}/sft"}
+    (tmp_path / "rl/settings.json").write_text(json.dumps(began))
+    assert "was begun with sha1 of --model = " in mistake(*other)  # same path, trained again
+    assert "was begun with" in mistake(*rl(trained, trained / "sft"))  # not in the place of its model
 
 
 def test_settings_follow_a_pretrained_decoder_and_help_shows_them(monkeypatch):
@@ -894,8 +917,13 @@ def test_generate_on_a_foreign_clip(data, trained, tmp_path, monkeypatch):
     assert {"response", "segments", "ended"} < json.loads(good(*flags, "--json")).keys()
     said = good(*flags)
     assert "answer:" in said and "Which sound? bell, a hiss" in said and "(3.0 s)" in said
+    *flags, last = flags[:2] + ["Which ✓?", *flags[3:]]
+    assert run(*flags, last, encoding="latin-1")[0] == 0  # a letter that the console lacks
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a cluster's: only trainings start processes
     monkeypatch.chdir(data.parent)  # without a clip: a held-out one of the toy
     assert "truth:" in good("generate")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert echo.pick_device("cpu", train=True).type == "cpu"
 
 
 def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
@@ -913,6 +941,9 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
     mmau = [{"audio_id" if k == "audio_path" else k: v for k, v in row.items()} for row in rows]
     metrics = json.loads(good(*job(mmau), "--json"))
     assert 0 <= metrics["accuracy"] == metrics["sound"] <= 1
+    unknown = [row | {"answer": answer} for row, answer in zip(mmau, ["B", None, "A", None, "C"])]
+    code, said, err = run(*job(unknown), "--json")  # letters instead of choices: none is scored
+    assert code == 0 and "accuracy" not in json.loads(said) and err.count("none of its choices") == 3
     whole = json.loads(out.read_text())
     mmar = [row | {"modality": "x", "sub-category": "y"} for row in rows]
     mmar[2]["audio_path"], mmar[3]["question"] = "./audio/gone.wav", "q " * 60_000

@@ -146,7 +146,10 @@ class Training:
             saved = {"trained": {k: p.detach() for k, p in self.trained.items()},
                      "optimizer": self.optimizer.state_dict(), "step": self.step,
                      "log_bytes": (self.folder / "log.jsonl").stat().st_size}
-            write_atomically(self.file, lambda file: torch.save(saved, file))
+            try:
+                write_atomically(self.file, lambda file: torch.save(saved, file))
+            except RuntimeError as error:  # torch's own word for a full disk
+                raise EchoError(f"{self.file}: can't be written ({error})") from None
 
     def finish(self, model):
         """Save the trained model; the save on the way is no longer needed."""
