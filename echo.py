@@ -141,7 +141,6 @@ class Sample:
 # ====================================================================================== 3 the model
 class Echo(nn.Module):
     """Audio encoder, projector and a Qwen2 decoder; enc(.) of the paper is encoder, then projector.
-
     The encoder is frozen from the start: Whisper's weights, or those of a sound-event detector that
     train_sft.py trains first, on full-rate and thumbnail input. Both stages train the projector and
     the decoder, but not a pretrained decoder's embeddings and head, since no token is new."""
@@ -156,7 +155,8 @@ class Echo(nn.Module):
             table.requires_grad_(config.decoder == "tiny")
         self.piece = functools.cache(lambda token: tokenizer.decode([token]))  # a token's text
         stop = decoder.generation_config.eos_token_id
-        self.eos_ids = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])}
+        stop = stop if isinstance(stop, list) else [stop]
+        self.eos_ids = {tokenizer.eos_token_id, *stop} - {None}
         self.eval()  # for good: nothing drops out, in training neither
 
     @property
@@ -171,7 +171,8 @@ class Echo(nn.Module):
         """Waveforms (N_i,) on the CPU -> features (n_i, encoder dim), which embed() projects; one
         by one, so that nothing is padded, and each distinct one once."""
         thumbnail = first_listen and self.config.thumbnail
-        keys, features = [wave.numpy().tobytes() for wave in waves], {}
+        keys = [wave.numpy().tobytes() for wave in waves]
+        features = {}
         for key, wave in zip(keys, waves):
             if key not in features:
                 features[key] = self.encoder(wave[None].to(self.device), thumbnail)[0]
@@ -179,14 +180,12 @@ class Echo(nn.Module):
 
     def prompt(self, features, question, choices=()):
         """What a response continues: the first listen, its times as text, and the question.
-
             [audio]0.0[audio]0.5[audio]1.0 ... How many pulses has the hum? Choose from ...
 
         features: (n, encoder dim) of the first listen; [] for a question without a clip. Each token
         is followed by the time at which it starts, at the full rate the first of each second."""
-        sample, rate, every = Sample(), THUMBNAIL_RATE, 1
-        if not self.config.thumbnail:
-            rate = every = TOKENS_PER_SECOND
+        sample = Sample()
+        rate, every = (THUMBNAIL_RATE, 1) if self.config.thumbnail else (TOKENS_PER_SECOND,) * 2
         for i in range(len(features)):
             sample.add_audio(features[i:i + 1])
             if i % every == 0:
@@ -408,7 +407,6 @@ def group_advantages(rewards, eps=1e-4):
 def grpo_loss(logp, old_logp, ref_logp, advantage, clip_ratio=0.2, kl_weight=0.04):
     """The GRPO objective of each token (arXiv 2402.03300, eq. 3 and 4) as a loss; all are (n,).
     The reference policy is the SFT policy, frozen.
-
         ratio = exp(logp - old_logp)
         loss  = -min(ratio advantage, clamp(ratio, 1 - clip, 1 + clip) advantage) + kl_weight k3
         k3    = exp(ref - logp) - (ref - logp) - 1      never negative; its mean: KL(policy || ref)
@@ -440,11 +438,13 @@ def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
     sampled is trained: ids are never tokenised again, inserted audio has no loss, eos does. Old
     log-probs come from the same forward as in the update: sampling has other kernels, which round
     otherwise, in bf16 too far (logp_gap). Returns means over the tokens that had a part."""
-    samples, updates = [r.sample for r in responses], []
+    samples = [r.sample for r in responses]
+    updates = []
     for indices in np.array_split(np.arange(len(responses)), grpo.mini_batches):
         # Without an advantage, as in a flat group, a response would add its KL alone. Left out, a
         # step of the toy is 1.8 times as fast.
-        taught, micro_batches = [i for i in indices if abs(advantages[i]) > 1e-3], []
+        taught = [i for i in indices if abs(advantages[i]) > 1e-3]
+        micro_batches = []
         for some in batches(taught, grpo.micro_batch):
             old_logp = None  # with one mini-batch: those of the update itself
             if grpo.mini_batches > 1:
