@@ -358,6 +358,8 @@ def read_wav(path, data):
     if not channels or frame != channels * width or not 1000 <= rate <= 768_000:
         raise EchoError(f"{path}: broken WAV, {channels} channels of {bits} bits in frames of "
                         f"{frame} bytes at {rate} Hz")
+    if len(audio) > 3600 * frame * rate:
+        raise EchoError(f"{path}: {len(audio) / frame / rate:.0f} s long; needed: at most an hour")
     raw = np.frombuffer(audio[:len(audio) // frame * frame], np.uint8)
     if coding == 3:
         return raw.view("<f4").reshape(-1, channels), rate

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: MIT
 import contextlib
 import copy
+import fcntl
+import gc
 import io
 import itertools
 import json
@@ -152,6 +154,7 @@ BROKEN_AUDIO = {
     "fast.wav": (wav(b"\0" * 4, rate=4_294_967_295), "4294967295 Hz"),
     "prime.wav": (wav(b"\0" * 4, rate=767_957), "767957 Hz; convert it to 16000 first"),
     "huge.wav": (wav(struct.pack("<2f", 1e38, -1e38), bits=32, coding=3), "beyond 10,000"),
+    "long.wav": (wav(b"\0" * 3_600_010, rate=1000, bits=8), "3600 s long"),
     "nan.wav": (wav(struct.pack("<2f", math.nan, 0), bits=32, coding=3), "NaN")}
 
 
@@ -874,6 +877,11 @@ def test_what_is_trained_already(trained, tmp_path):
     shutil.rmtree(tmp_path / "rl/model")
     (tmp_path / "rl/training.pt").write_bytes(b"half")
     assert "training.pt: broken" in mistake(*rl(trained, tmp_path / "rl"))
+    with open(tmp_path / "sft/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shutil.rmtree(tmp_path / "sft/model")
+        assert "another process" in mistake(*sft(trained, tmp_path, "--sft-steps 2"))
+    good(*sft(trained, tmp_path, "--sft-steps 2"))
     began = json.loads((tmp_path / "rl/settings.json").read_text()) | {"model": f"{tmp_path}/sft"}
     (tmp_path / "rl/settings.json").write_text(json.dumps(began))
     assert "was begun with sha1 of --model = " in mistake(*other)  # same path, trained again
@@ -1056,6 +1064,7 @@ def test_a_full_disk_is_one_line(trained, tmp_path):
         assert "training.pt" in mistake(*job)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    gc.collect()  # a process that ends lets go of its lock; this one has to forget it
     good(*job)
     assert equal(weights(tmp_path / "rl"), weights(trained / "rl"))
 

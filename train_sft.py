@@ -11,6 +11,7 @@ A stage that has its model/ is skipped (rm -r its folder to train it again); one
 goes on from its last save. Left out: packing of several rows into one sequence.
 """
 # SPDX-License-Identifier: MIT
+import fcntl
 import functools
 import json
 from dataclasses import asdict, dataclass
@@ -130,6 +131,11 @@ class Training:
             self.step, log_bytes = saved["step"], saved["log_bytes"]
         if self.rank == 0:
             write_atomically(self.folder / "settings.json", json.dumps(settings, indent=2))
+            self.lock = open(self.folder / "lock", "w")  # until this process ends, however it does
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise EchoError(f"{self.folder}: another process trains here") from None
             with open(self.folder / "log.jsonl", "ab") as log:
                 log.truncate(log_bytes)  # what came after the save happens again
 
