@@ -735,8 +735,10 @@ def parse_settings(cls, doc, defaults={}, bare=()):
     parser.format_help = lambda: "\n".join([doc, *map(inspect.getsource, classes)])
     parser.error = fail
     parser.set_defaults(**defaults)
-    settings, rest = parser.parse_args_into_dataclasses(return_remaining_strings=True,
-                                                        look_for_args_file=False)
+    switches = {f"--{f.name}" for f in dataclasses.fields(cls) if f.type is bool}
+    words = [(word, "true") if word in switches else (word,) for word in sys.argv[1:]]
+    settings, rest = parser.parse_args_into_dataclasses(
+        sum(words, ()), return_remaining_strings=True, look_for_args_file=False)
     if len(rest) > len(bare) or any(word.startswith("--") for word in rest):
         fail(f"unknown: {' '.join(rest)}")
     for name, word in zip(bare, rest):

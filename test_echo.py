@@ -908,7 +908,8 @@ def test_generate_on_a_foreign_clip(data, trained, tmp_path, monkeypatch):
     (tmp_path / "my clip.wav").write_bytes(wav(raw, 44_100, 2))
     flags = ["generate", tmp_path / "my clip.wav", "Which sound?", "--choices", "bell", "a hiss",
              "--model", trained / "rl"]
-    assert {"response", "segments", "ended"} < json.loads(good(*flags, "--json")).keys()
+    said = json.loads(good("generate --json", *flags[1:]))  # a switch takes no word behind it
+    assert {"response", "segments", "ended"} < said.keys()
     said = good(*flags)
     assert "answer:" in said and "Which sound? bell, a hiss" in said and "(3.0 s)" in said
     *flags, last = flags[:2] + ["Which ✓?", *flags[3:]]
