@@ -427,7 +427,7 @@ def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, liste
     waves = [wave for wave in waves for _ in range(grpo.group)]
     responses = rollouts(policy, questions, waves, listen, grpo.temperature, seeds)
     parts = [reward(r, q.answer) for r, q in zip(responses, questions)]
-    rewards = torch.tensor(sums(parts), dtype=torch.float64).view(-1, grpo.group)
+    rewards = torch.tensor(total_rewards(parts), dtype=torch.float64).view(-1, grpo.group)
     advantages = group_advantages(rewards).flatten().float().to(policy.device)
     metrics = grpo_update(policy, reference, optimizer, responses, advantages, grpo)
     return responses, parts, metrics
@@ -451,10 +451,9 @@ def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
                 with torch.no_grad():
                     old_logp = policy([samples[i] for i in some], grpo.temperature)
             micro_batches.append((some, old_logp))
-        updates.append((len(indices), micro_batches))
+        updates.append((sum_over_processes(len(indices)), micro_batches))
     seen = {name: [] for name in ("loss", "kl", "clip_share", "entropy", "logp_gap")}
     for n_responses, micro_batches in updates:
-        n_responses = sum_over_processes(n_responses)
         for some, old_logp in micro_batches:
             logp = policy([samples[i] for i in some], grpo.temperature)
             old_logp = logp.detach() if old_logp is None else old_logp
@@ -510,8 +509,8 @@ def sample_tokens(logits, rows, temperature):
     return token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist()
 
 
-def sums(parts):
-    """The rewards of some responses, from their parts by name."""
+def total_rewards(parts):
+    """The sum of each response's rewards by name, once they are what they should be."""
     for part in parts:
         if not isinstance(part, dict) or part.keys() != parts[0].keys() or \
                 not all(math.isfinite(value) for value in part.values()):

@@ -85,10 +85,12 @@ def answer(model, questions, listen=cut, temperature=0.0, seed=0, batch=50):
 
 
 def evaluate(model, questions, listen=cut):
-    """The metrics of greedy answers to all questions, which are split over the processes."""
+    """The metrics of greedy answers to all questions, which are split over the processes; their
+    names begin with eval_, as in a training's log."""
     rank, world = processes()
     mine = questions[rank::world]
-    return measure(mine, answer(model, mine, listen), {q.category for q in questions})
+    metrics = measure(mine, answer(model, mine, listen), {q.category for q in questions})
+    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def measure(questions, responses, categories=()):

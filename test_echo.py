@@ -25,7 +25,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, WhisperConfig,
                           WhisperFeatureExtractor, WhisperModel)
@@ -35,7 +34,7 @@ import generate
 import make_data
 import train_rl
 import train_sft
-from echo import (AUDIO, GRPO, Config, EchoError, Rollout, Sample, Segment, cut, load,
+from echo import (AUDIO, GRPO, Config, EchoError, Rollout, Sample, Segment, load,
                   parse_segment, rollouts, save)
 from make_data import load_audio, read_questions, read_rows, wav_bytes
 
@@ -538,7 +537,7 @@ def test_flat_groups_teach_nothing_and_bad_gradients_end(model, write):
                                    range(4), GRPO(group=4))
     assert metrics["loss"] == 0 and all(map(torch.equal, policy.parameters(), model.parameters()))
     for parts in ([{"a": math.nan}], [{"a": 1.0}, {}], [None]):
-        assert "reward function" in error_of(echo.sums, parts)
+        assert "reward function" in error_of(echo.total_rewards, parts)
     long = [Asked("what " * 20_000, ["a"], "a")]  # a question that does not fit ends no run
     responses, *_ = echo.grpo_step(policy, model, sgd(policy), asked(1) + long, [noise(1.0)] * 2,
                                    range(4), GRPO(group=2))

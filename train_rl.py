@@ -14,11 +14,10 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 
 from echo import (GRPO, EchoError, grpo_step, load, main, paper_reward, parse_settings,
-                  pick_device, processes, sha1, sum_over_processes)
+                  pick_device, processes, sha1, sum_over_processes, total_rewards)
 from generate import LISTEN, evaluate, measure, report_page
 from make_data import load_audio, read_questions
 from train_sft import Training, is_finished, linear_schedule
@@ -74,7 +73,7 @@ def train(policy, settings, depends_on):
         n = sum_over_processes(len(parts))
         metrics |= {f"reward_{name}": sum_over_processes(sum(part[name] for part in parts)) / n
                     for name in parts[0]}
-        rewards = torch.tensor([float(sum(part.values())) for part in parts])
+        rewards = torch.tensor(total_rewards(parts))
         flat = rewards.view(-1, settings.group).std(1) < 1e-6
         asked = [q for q in questions for _ in range(settings.group)]
         metrics |= {"reward": sum_over_processes(rewards.sum().item()) / n,
@@ -88,8 +87,7 @@ def train(policy, settings, depends_on):
 def check(policy, training, test, settings):
     """Evaluate, and draw the report of the log so far."""
     if test:
-        metrics = evaluate(policy, test, LISTEN[settings.listen])
-        training.log({f"eval_{name}": value for name, value in metrics.items()},
+        training.log(evaluate(policy, test, LISTEN[settings.listen]),
                      show=("eval_accuracy", "eval_segments", "eval_truncated"))
     if training.rank == 0:
         report_page(settings.out)

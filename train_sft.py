@@ -84,8 +84,7 @@ def train_sft(model, training, settings):
         lr = settings.sft_lr * linear_schedule(step, settings.sft_steps, WARMUP)
         fit(model, training, samples, lr, settings.micro_batch)
     if test:
-        metrics = evaluate(model, test, listen=None)
-        training.log({f"eval_{k}": v for k, v in metrics.items()}, show=("eval_accuracy",))
+        training.log(evaluate(model, test, listen=None), show=("eval_accuracy",))
 
 
 def fit(model, training, samples, lr, micro_batch):
@@ -115,6 +114,13 @@ class Training:
     def __init__(self, folder, module, settings, rates={}):
         self.folder, self.settings, self.step = Path(folder), settings, 0
         self.rank, self.world = processes()
+        if self.rank == 0:  # before anything is read or written, until this process ends
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "w")
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise EchoError(f"{self.folder}: another process trains here") from None
         self.device = next(module.parameters()).device
         self.trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
         groups = [{"params": [p], "rate": rates.get(k.split(".")[0], 1.0)}
@@ -131,11 +137,6 @@ class Training:
             self.step, log_bytes = saved["step"], saved["log_bytes"]
         if self.rank == 0:
             write_atomically(self.folder / "settings.json", json.dumps(settings, indent=2))
-            self.lock = open(self.folder / "lock", "w")  # until this process ends, however it does
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise EchoError(f"{self.folder}: another process trains here") from None
             with open(self.folder / "log.jsonl", "ab") as log:
                 log.truncate(log_bytes)  # what came after the save happens again
 
