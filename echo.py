@@ -27,7 +27,6 @@ Settings and schedules are in train_sft.py and train_rl.py. Read from the top: t
 decoding, rewards, GRPO; the method ends there. Helpers, encoders, saving and flags follow.
 """
 # SPDX-License-Identifier: MIT
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -404,7 +403,7 @@ def group_advantages(rewards, eps=1e-4):
     return (rewards - mean) / (std + eps)
 
 
-def grpo_loss(logp, old_logp, ref_logp, advantage, clip_ratio=0.2, kl_weight=0.04):
+def grpo_loss(logp, old_logp, ref_logp, advantage, grpo):
     """The GRPO objective of each token (arXiv 2402.03300, eq. 3 and 4) as a loss; all are (n,).
     The reference policy is the SFT policy, frozen.
         ratio = exp(logp - old_logp)
@@ -413,9 +412,10 @@ def grpo_loss(logp, old_logp, ref_logp, advantage, clip_ratio=0.2, kl_weight=0.0
     Returns loss, k3, and whether the clipped ratio was the smaller one.
     """
     ratio = torch.exp(logp - old_logp)
-    free, bounded = ratio * advantage, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantage
+    clip = grpo.clip_ratio
+    free, bounded = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
     k3 = torch.exp(ref_logp - logp) - (ref_logp - logp) - 1
-    return -torch.minimum(free, bounded) + kl_weight * k3, k3, (bounded < free).float()
+    return -torch.minimum(free, bounded) + grpo.kl_weight * k3, k3, (bounded < free).float()
 
 
 def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, listen=cut,
@@ -427,8 +427,8 @@ def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, liste
     waves = [wave for wave in waves for _ in range(grpo.group)]
     responses = rollouts(policy, questions, waves, listen, grpo.temperature, seeds)
     parts = [reward(r, q.answer) for r, q in zip(responses, questions)]
-    rewards = torch.tensor(total_rewards(parts), dtype=torch.float64).view(-1, grpo.group)
-    advantages = group_advantages(rewards).flatten().float().to(policy.device)
+    rewards = torch.tensor([sum(part.values()) for part in parts]).view(-1, grpo.group)
+    advantages = group_advantages(rewards).flatten().to(policy.device)
     metrics = grpo_update(policy, reference, optimizer, responses, advantages, grpo)
     return responses, parts, metrics
 
@@ -462,8 +462,7 @@ def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
             sampled = torch.cat([logp.new_tensor(responses[i].logprobs) for i in some])
             lengths = torch.tensor([len(responses[i].logprobs) for i in some], device=logp.device)
             advantage = advantages[some].repeat_interleave(lengths)
-            loss, k3, clipped = grpo_loss(logp, old_logp, ref_logp, advantage, grpo.clip_ratio,
-                                          grpo.kl_weight)
+            loss, k3, clipped = grpo_loss(logp, old_logp, ref_logp, advantage, grpo)
             # the paper's mean: over a response's tokens, then over all responses
             weight = (1 / lengths / n_responses).repeat_interleave(lengths)
             (weight * loss).sum().backward()
@@ -507,16 +506,6 @@ def sample_tokens(logits, rows, temperature):
     else:
         token = logp.argmax(-1, keepdim=True)
     return token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist()
-
-
-def total_rewards(parts):
-    """The sum of each response's rewards by name, once they are what they should be."""
-    for part in parts:
-        if not isinstance(part, dict) or part.keys() != parts[0].keys() or \
-                not all(math.isfinite(value) for value in part.values()):
-            raise EchoError(f"the reward function returned {part}; needed: a dict with the same "
-                            "names each time and a finite number under each")
-    return [float(sum(part.values())) for part in parts]
 
 
 def batches(items, size):
@@ -625,26 +614,19 @@ class WhisperEncoder(nn.Module):
 # A model's folder: decoder and tokenizer as transformers saves them, Whisper's settings in
 # encoder/, all other weights in echo.pt, Config in echo.json.
 
-@contextlib.contextmanager
-def naming(name):
-    """transformers' own messages, cut to a line that names the checkpoint."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise EchoError(f"{name}: {first_line(error)}") from None
-
-
 def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def read_decoder(name):
     """A Qwen2 checkpoint, a name or a local folder -> decoder in fp32, tokenizer."""
-    with naming(name):
+    try:
         decoder = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, attention_dropout=0.0)
         # not AutoTokenizer: for Qwen2 it builds Qwen's own, even where another one was saved
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise EchoError(f"{name}: {first_line(error)}") from None
     if decoder.config.model_type != "qwen2":
         raise EchoError(f"{name}: a {decoder.config.model_type} model; needed: a Qwen2 checkpoint")
     room = decoder.get_input_embeddings().num_embeddings
@@ -656,10 +638,8 @@ def read_decoder(name):
 
 def read_whisper(name):
     """A Whisper checkpoint, a name or a local folder -> WhisperEncoder."""
-    with naming(name):
-        whisper = transformers.WhisperModel.from_pretrained(name, dtype=torch.float32).encoder
-        extractor = transformers.WhisperFeatureExtractor.from_pretrained(name)
-    return WhisperEncoder(whisper, extractor)
+    whisper = transformers.WhisperModel.from_pretrained(name, dtype=torch.float32).encoder
+    return WhisperEncoder(whisper, transformers.WhisperFeatureExtractor.from_pretrained(name))
 
 
 def save(model, folder):
@@ -707,26 +687,10 @@ def sha1(path):
     return hashlib.sha1(Path(path).read_bytes()).hexdigest()
 
 
-def write_atomically(path, data):
-    """Write text, bytes, or what data(file) writes: whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        if callable(data):
-            data(file)
-        else:
-            file.write(data if isinstance(data, bytes) else data.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 # ========================================================================== 9 flags and processes
-def parse_settings(cls, doc, defaults={}, bare=()):
-    """Flags for the fields of a dataclass: --a-b for a field a_b, --no-a-b for a bool that is true;
-    the fields in `bare` also stand alone, in this order. --help prints the dataclass itself,
-    comments and all. defaults: instead of those of the dataclass."""
+def parse_settings(cls, doc, defaults={}):
+    """Flags for the fields of a dataclass: --a-b for a field a_b, --no-a-b for a bool that is true.
+    --help prints the dataclass itself, comments and all. defaults: instead of its own."""
     def fail(message):
         raise EchoError(f"{message} (--help lists the settings)")
     parser = transformers.HfArgumentParser(cls, allow_abbrev=False)
@@ -734,14 +698,10 @@ def parse_settings(cls, doc, defaults={}, bare=()):
     parser.format_help = lambda: "\n".join([doc, *map(inspect.getsource, classes)])
     parser.error = fail
     parser.set_defaults(**defaults)
-    switches = {f"--{f.name}" for f in dataclasses.fields(cls) if f.type is bool}
-    words = [(word, "true") if word in switches else (word,) for word in sys.argv[1:]]
     settings, rest = parser.parse_args_into_dataclasses(
-        sum(words, ()), return_remaining_strings=True, look_for_args_file=False)
-    if len(rest) > len(bare) or any(word.startswith("--") for word in rest):
+        return_remaining_strings=True, look_for_args_file=False)
+    if rest:
         fail(f"unknown: {' '.join(rest)}")
-    for name, word in zip(bare, rest):
-        setattr(settings, name, word)
     for f in dataclasses.fields(cls):  # a count that is 0 by default may be 0; none is negative
         value, least = getattr(settings, f.name), int(type(f.default) is int and f.default > 0)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= least:

@@ -1,10 +1,9 @@
 """Use a trained Echo: one clip, a benchmark file, or a page of either.
 
     python generate.py                                                  # a held-out toy clip
-    python generate.py clip.wav "How many pulses has the hum?" --choices two three four five
+    python generate.py --clip clip.wav --question "How many pulses has the hum?" --choices two three
     python generate.py --benchmark data/test.jsonl --output runs/test.jsonl
     python generate.py --html trace.html                       # with any of these: a page of it
-    python generate.py --report runs/rl --against runs/rl-text # how training went, as a page
 
 Decoding is the very function that train_rl.py rolls out with. Left out: streaming, several
 questions in one conversation, sampling several answers and voting.
@@ -27,8 +26,9 @@ from tqdm import tqdm
 
 from echo import (AUDIO, SAMPLE_RATE, EchoError, Rollout, Sample, batches, cut,
                   extract_answer, is_right, load, main, parse_settings, pick_device, processes,
-                  rollouts, same_answer, split_segments, sum_over_processes, write_atomically)
-from make_data import Question, json_lines, load_audio, read_questions, wav_bytes
+                  rollouts, same_answer, split_segments, sum_over_processes)
+from make_data import (Question, json_lines, load_audio, read_questions, segment_of, wav_bytes,
+                       write_atomically)
 
 
 def silence(wave, segment):
@@ -56,14 +56,11 @@ class Settings:
     seed: int = 0                    # of the draws
     device: str = "auto"             # cuda if there is one, else cpu
     bf16: bool = False               # bf16 arithmetic in the decoder
-    json: bool = False               # print JSON
     benchmark: str = ""              # a data file: toy, native, MMAR or MMAU rows
     output: str = ""                 # a file for the answered rows
     audio_root: str = ""             # audio paths are relative to it, or to the data file's folder
     batch: int = 50                  # questions decoded together
     html: str = ""                   # write a page of traces
-    report: str = ""                 # a run's folder: write its report.html
-    against: str = ""                # another run, shown in the same charts
 
 
 # ---------------------------------------------------------------------------------- evaluation
@@ -93,6 +90,13 @@ def evaluate(model, questions, listen=cut):
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
+def overlap(segment, event):
+    """Intersection over union of a Segment and a sound, as the toy's events tell it."""
+    both_s = min(segment.end_s, event["end_s"]) - max(segment.start_s, event["start_s"])
+    all_s = segment.end_s - segment.start_s + event["end_s"] - event["start_s"]
+    return max(0.0, both_s) / (all_s - max(0.0, both_s))
+
+
 def measure(questions, responses, categories=()):
     """The metrics of the responses of all processes; the README defines each. One without a case,
     such as the mean length of no segments, is left out."""
@@ -101,17 +105,15 @@ def measure(questions, responses, categories=()):
         for name in {"accuracy", q.category} & counts.keys():
             counts[name][0] += q.answer is not None and is_right(r.text, q.answer)
             counts[name][1] += q.answer is not None
-    segments = [s for r in responses for s in r.segments]
+    n, segments = len(responses), [s for r in responses for s in r.segments]
+    pairs = [(s, e) for q, r in zip(questions, responses)  # heard, and what the toy's truth asks for
+             for s, e in zip(r.heard_segments, q.row.get("listen_to", []))]
+    heard = sum(len(r.heard_segments) for q, r in zip(questions, responses) if "listen_to" in q.row)
     lengths = [s.end_s - s.start_s for s in segments if s.heard]
-    once = [{t for s in r.heard_segments
-             for t in range(round(100 * s.start_s), round(100 * s.end_s))}
-            for r in responses]  # hundredths of a second
-    n, once_s = len(responses), sum(map(len, once)) / 100
-    counts |= {"segments": (len(lengths), n),
+    counts |= {"hits": (sum((s.start_s, s.end_s) == segment_of(e) for s, e in pairs), heard),
+               "iou": (sum(overlap(s, e) for s, e in pairs), heard),
+               "segments": (len(lengths), n),
                "segment_s": (sum(lengths), len(lengths)),
-               "overlap": (sum(lengths) - once_s, sum(lengths)),
-               "listened_once": (sum(len(r.heard_segments) >= 1 for r in responses), n),
-               "listened_twice": (sum(len(r.heard_segments) >= 2 for r in responses), n),
                "rejected": (len(segments) - len(lengths), len(segments)),
                "truncated": (sum(r.ended == "length" for r in responses), n),
                "no_answer": (sum(extract_answer(r.text) is None for r in responses), n),
@@ -123,8 +125,8 @@ def measure(questions, responses, categories=()):
 
 # ---------------------------------------------------------------------------------- use
 def trace(rollout):
-    """What --json prints and a benchmark's row keeps of a Rollout. Its answer's text alone is what
-    the evaluators read, MMAR's as answer_prediction, MMAU's as model_output."""
+    """What a benchmark's row keeps of a Rollout. The answer's text alone is what the evaluators
+    read, MMAR's as answer_prediction, MMAU's as model_output."""
     said = extract_answer(rollout.text) or ""
     return {"answer_prediction": said, "model_output": said, "response": rollout.text,
             "segments": [asdict(s) for s in rollout.segments], "ended": rollout.ended}
@@ -163,7 +165,7 @@ def use(model, settings):
         toy = read_questions("data/test.jsonl")
         questions = [q for q in toy if q.category == "count_after"][:1]
     elif not settings.question:
-        raise EchoError('no question: python generate.py clip.wav "question" --choices a b c d')
+        raise EchoError("--clip: needs --question, and perhaps --choices a b c d")
     responses = answer(model, questions, LISTEN[settings.listen], settings.temperature,
                        settings.seed, settings.batch)
     for q in questions:
@@ -177,10 +179,7 @@ def use(model, settings):
         raise EchoError(broken[0])
     if settings.benchmark:
         metrics = measure(questions, responses, {q.category for q in questions})
-        print(json.dumps(metrics) if settings.json else "\n".join(
-            f"{name:<16}{value:8.4g}" for name, value in metrics.items()))
-    elif settings.json:
-        print(json.dumps(trace(responses[0]), ensure_ascii=False))
+        print("\n".join(f"{name:<16}{value:8.4g}" for name, value in metrics.items()))
     else:
         print_clip(questions[0], responses[0], time.time() - began)
     if settings.output:
@@ -242,23 +241,17 @@ def spectrogram_png(wave):
             + chunk(b"IEND", b""))
 
 
-def chart(lines, width=320, height=150):
-    """An SVG line chart. lines: {name: [(x, y), ...]}."""
-    xs, ys = zip(*[point for line in lines.values() for point in line])
+def chart(line, width=320, height=130):
+    """An SVG line chart of [(x, y), ...]."""
+    xs, ys = zip(*line)
     x0, y0, y1 = min(xs), min(0.0, *ys), max(1e-9, *ys)
-    left, top, bottom = 56, 22, height - 24
-    across = (width - 10 - left) / max(1, max(xs) - x0)
-    up = (bottom - top) / (y1 - y0)
-    out = (f'<svg viewBox="0 0 {width} {height}">'
-           f'<text x="{left}" y="{height - 6}">step {x0:g} to {max(xs):g}</text>'
-           f'<text x="4" y="{bottom}">{y0:.3g}</text><text x="4" y="{top}">{y1:.3g}</text>')
-    for i, (name, line) in enumerate(lines.items()):
-        at = " ".join(f"{left + across * (x - x0):.1f},{bottom - up * (y - y0):.1f}"
-                      for x, y in line)
-        out += (f'<polyline points="{at}" fill="none" stroke="{COLOURS[i]}" stroke-width="2"/>'
-                f'<text style="fill:{COLOURS[i]}" x="{left + 120 * i}" y="13">'
-                f'{escape(name)}</text>')
-    return out + "</svg>"
+    left, top, bottom = 56, 8, height - 24
+    across, up = (width - 10 - left) / max(1, max(xs) - x0), (bottom - top) / (y1 - y0)
+    at = " ".join(f"{left + across * (x - x0):.1f},{bottom - up * (y - y0):.1f}" for x, y in line)
+    return (f'<svg viewBox="0 0 {width} {height}">'
+            f'<polyline points="{at}" fill="none" stroke="{COLOURS[0]}" stroke-width="2"/>'
+            f'<text x="{left}" y="{height - 6}">step {x0:g} to {max(xs):g}</text>'
+            f'<text x="4" y="{bottom}">{y0:.3g}</text><text x="4" y="{top + 8}">{y1:.3g}</text></svg>')
 
 
 def response_html(rollout, seconds):
@@ -296,30 +289,23 @@ def trace_html(q, rollout):
 truth: {escape(q.answer or "?")}, ended: {rollout.ended}</p></div>"""
 
 
-def report_page(folder, against=""):
+def report_page(folder):
     """report.html in a run's folder: a chart for each metric of its log."""
-    logs, cards = {}, ""
-    for run in filter(None, (folder, against)):
-        if not (Path(run) / "log.jsonl").is_file():
-            raise EchoError(f"{run}: no log.jsonl; give the folder of a run")
-        lines = (Path(run) / "log.jsonl").read_text().splitlines()
-        logs[str(run)] = [json.loads(line) for line in lines]
-    for name in dict.fromkeys(k for log in logs.values() for entry in log for k in entry):
-        lines = {run: [(entry["step"], entry[name]) for entry in log if name in entry]
-                 for run, log in logs.items()}
-        if name != "step" and any(y for line in lines.values() for _, y in line):
-            cards += f"<div><b>{escape(name)}</b>{chart(lines)}</div>"
-    write_page(Path(folder) / "report.html", f"How {' and '.join(logs)} learned",
+    log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    cards = ""
+    for name in dict.fromkeys(name for entry in log for name in entry):
+        line = [(entry["step"], entry[name]) for entry in log if name in entry]
+        if name != "step" and any(y for _, y in line):
+            cards += f"<div><b>{escape(name)}</b>{chart(line)}</div>"
+    write_page(Path(folder) / "report.html", f"How {folder} learned",
                f'<div class="grid">{cards}</div>')
 
 
 def run():
-    settings = parse_settings(Settings, __doc__, bare=("clip", "question"))
-    for flag, needs in (("output", "benchmark"), ("against", "report"), ("choices", "clip")):
+    settings = parse_settings(Settings, __doc__)
+    for flag, needs in (("output", "benchmark"), ("question", "clip"), ("choices", "clip")):
         if getattr(settings, flag) and not getattr(settings, needs):
             raise EchoError(f"--{flag}: needs --{needs}")
-    if settings.report:
-        return report_page(settings.report, settings.against)
     model = load(settings.model, pick_device(settings.device))
     model.bf16 = settings.bf16
     return use(model, settings)

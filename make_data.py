@@ -16,6 +16,7 @@ test.jsonl holds questions on clips of its own. Left out: a language model as wr
 import io
 import json
 import math
+import os
 import re
 import struct
 import wave
@@ -28,17 +29,16 @@ import torch
 import torchaudio
 from tqdm import tqdm
 
-from echo import (SAMPLE_RATE, EchoError, first_line, main, parse_settings, same_answer,
-                  write_atomically)
+from echo import SAMPLE_RATE, EchoError, main, parse_settings, same_answer, split_segments
 
 SYNTHETIC = ("hum", "rumble", "buzz", "tone", "chirp", "bell", "whistle", "hiss")
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}  # pulses in a sound: the detail
 QUESTIONS = {"count": "How many pulses has the {}?",
              "order": "Which sound comes right after the {}?",
-             "count_after": "How many pulses has the sound right after the {}?"}
-CLIP_S = 6.0
-SOUND_S = 1.0  # every sound lasts one second ...
-GRID_S = 0.5   # ... and starts on this grid, also the thumbnail's: it says where, not how many
+             "count_after": "How many pulses has the sound right after the {}?",
+             "find": "How many pulses has the sound right after the {}?"}  # the fast hum
+SPEEDS = {2: "slow", 3: "slow", 4: "fast", 5: "fast", 6: "fast"}
+CELL_S = 0.5  # of the thumbnail: it says in which cells a sound is, not how many pulses it has
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Settings:
     out: str = "data"         # folder to write
     train_clips: int = 2400   # one row of each category per clip
     test_clips: int = 200
+    clip_s: float = 6.0       # length of a clip, in whole cells of half a second
     seed: int = 0             # same seed, same bytes
     sounds: str = ""          # a folder with a folder of WAV files for each kind, five or more
     hold_out: float = 0.0     # share of each kind's recordings that the test clips alone have
@@ -110,10 +111,11 @@ def from_edge(n_pulses, t):
 
 
 def pulse_train(n_pulses, n_samples, ramp_s):
-    """(n_samples,) envelope of equal pulses, on 60% of the time. It is symmetric about the middle:
-    an average over half a second (the first listen) says nothing about the number."""
+    """(n_samples,) envelope of equal pulses, on 60% of the time: an average over half a second (the
+    first listen) says nothing about the number."""
     edge = from_edge(n_pulses, (np.arange(n_samples) + 0.5) / n_samples)
-    return np.clip(edge / n_pulses * SOUND_S / ramp_s + 0.5, 0, 1)  # ramps centred on the edges
+    length_s = n_samples / SAMPLE_RATE
+    return np.clip(edge / n_pulses * length_s / ramp_s + 0.5, 0, 1)  # ramps centred on the edges
 
 
 def room(t, rng):
@@ -128,71 +130,134 @@ def room(t, rng):
     return noise
 
 
-def synthesise(rng, sounds=None):
-    """One clip: (N,) float samples in [-1, 1] and its events, in order of time. sounds: recordings
-    by kind; None: the synthetic kinds."""
-    n_sounds = int(rng.integers(3, 5))
-    slots, per_sound = round(CLIP_S / GRID_S), round(SOUND_S / GRID_S)
-    gaps = np.sort(rng.integers(0, slots - n_sounds * per_sound + 1, n_sounds))  # slots before each
-    t = np.arange(round(CLIP_S * SAMPLE_RATE)) / SAMPLE_RATE
+def arrange(rng, kinds, clip_s):
+    """The sounds of a clip in order of time, [(kind, start_s, end_s), ...], each 0.8 to 1.5 s long.
+    One kind comes one to three times, never twice in a row, and each time something follows it. No
+    two sounds share a cell, and the outer cells of a sound hold at least 0.1 s of it."""
+    searched, *others = map(str, rng.permutation(kinds))
+    n_cells, n_searched = round(clip_s / CELL_S), int(rng.choice([1, 2, 2, 3, 3]))
+    n_others = max(n_searched, rng.integers(2, 4))  # in 6 s
+    n_others = round(clip_s / 6 * (n_searched + n_others)) - n_searched
+    order = [searched] * n_searched
+    for i in range(n_others):  # in a long clip some come again
+        order.append(others[i if i < len(others) else 2 + i % (len(others) - 2)])
+    while order[-1] == searched or any(a == b for a, b in zip(order, order[1:])):
+        order = [order[i] for i in rng.permutation(len(order))]
+    n, spare = len(order), n_cells - 2 * len(order)
+    more = rng.multinomial(rng.integers(spare // 2, spare + 1), [1 / n] * n)
+    cells = np.minimum(2 + more, 4)
+    first = np.cumsum(cells) - cells + np.sort(rng.integers(0, n_cells - cells.sum() + 1, n))
+    sounds = []
+    for kind, room_s, at_s in zip(order, cells * CELL_S, first * CELL_S):
+        length_s = rng.uniform(max(0.8, room_s - 0.8), min(1.5, room_s))
+        slack_s = room_s - length_s
+        start_s = at_s + rng.uniform(max(0, slack_s - 0.4), min(0.4, slack_s))
+        sounds.append((kind, round(float(start_s), 2), round(float(start_s + length_s), 2)))
+    return sounds
+
+
+def synthesise(rng, recordings=None, clip_s=6.0):
+    """One clip: (N,) float samples in [-1, 1] and its events, in order of time. recordings: by
+    kind; None: the synthetic kinds."""
+    t = np.arange(round(clip_s * SAMPLE_RATE)) / SAMPLE_RATE
     clip, events = room(t, rng), []
-    kinds = rng.choice(sorted(sounds or SYNTHETIC), n_sounds, replace=False)
-    for i, kind in enumerate(map(str, kinds)):
-        start_s = float((gaps[i] + i * per_sound) * GRID_S)
-        pulses = int(rng.choice(list(NUMBERS)))
-        a = round(start_s * SAMPLE_RATE)
-        b = a + round(SOUND_S * SAMPLE_RATE)
-        if sounds:
-            recording = sounds[kind][rng.integers(len(sounds[kind]))]
+    sounds = arrange(rng, sorted(recordings or SYNTHETIC), clip_s)
+    kinds = [kind for kind, _, _ in sounds]
+    odd_one = {k: rng.integers(kinds.count(k)) for k in kinds}  # it alone has another speed
+    speeds = rng.permutation(["slow", "fast"])
+    for kind, start_s, end_s in sounds:
+        nth = sum(e["kind"] == kind for e in events)
+        speed = speeds[int(nth == odd_one[kind])]
+        pool = [n for n in NUMBERS if kinds.count(kind) == 1 or SPEEDS[n] == speed]
+        pulses = int(rng.choice(pool))
+        a, b = round(start_s * SAMPLE_RATE), round(end_s * SAMPLE_RATE)
+        if recordings:
+            recording = recordings[kind][rng.integers(len(recordings[kind]))]
             sound = np.resize(np.roll(recording, -rng.integers(len(recording))), b - a)
         else:
             sound = carrier(kind, t[a:b], rng)
         level = 10 ** (rng.uniform(-22, -14) / 20)
         clip[a:b] += level * sound * pulse_train(pulses, b - a, rng.choice([0.001, 0.004, 0.012]))
-        event = {"kind": kind, "start_s": start_s, "end_s": start_s + SOUND_S, "pulses": pulses}
-        events.append(event)
+        events.append({"kind": kind, "start_s": start_s, "end_s": end_s, "pulses": pulses})
     return np.clip(clip, -1, 1), events
 
 
 # ---------------------------------------------------------------------------------- QA + CoT
+def segment_of(event):
+    """The cells that a sound touches, (start_s, end_s): what a thumbnail can know of its place."""
+    return (math.floor(event["start_s"] / CELL_S + 1e-6) * CELL_S,
+            math.ceil(event["end_s"] / CELL_S - 1e-6) * CELL_S)
+
+
 def heard(event):
-    return (f"<seg>{event['start_s']:.1f}, {event['end_s']:.1f}</seg> "
-            f"the {event['kind']} has {NUMBERS[event['pulses']]} pulses.")
+    start_s, end_s = segment_of(event)
+    return (f"<seg>{start_s:.1f}, {end_s:.1f}</seg> the {event['kind']} has "
+            f"{NUMBERS[event['pulses']]} pulses and is {SPEEDS[event['pulses']]}.")
 
 
-def look_for(event):
-    """The sentence that points at a sound, and says what is heard there."""
-    return f"I look for the {event['kind']} {heard(event)}"
+def look_for(events):
+    """A sentence for each sound of a kind, in order of time: it points there, and says what is
+    heard."""
+    return [f"I look for the {'next ' if i else ''}{e['kind']} {heard(e)}"
+            for i, e in enumerate(events)]
 
 
 def then_comes(event):
     return f"Right after it {heard(event)}"
 
 
+def search(events, i):
+    """What must be listened to until event i is found: the sounds of its kind up to it."""
+    return [e for e in events[:i + 1] if e["kind"] == events[i]["kind"]]
+
+
+def can_ask(category, events, i):
+    """Is event i the only one that a question of the category can mean? To find names its speed,
+    too, which tells it from the others of its kind, three at most."""
+    kind = events[i]["kind"]
+    speeds = [SPEEDS[e["pulses"]] for e in events if e["kind"] == kind]
+    if category != "count" and i + 1 == len(events):
+        return False
+    if category != "find":
+        return len(speeds) == 1
+    return len(speeds) <= 3 and speeds.count(SPEEDS[events[i]["pulses"]]) == 1
+
+
+def named(category, event):
+    return (SPEEDS[event["pulses"]] + " " if category == "find" else "") + event["kind"]
+
+
+def pick(category, events, rng):
+    """An event to ask about; to find one of those of which there are most."""
+    good = [i for i in range(len(events)) if can_ask(category, events, i)]
+    if category == "find":
+        kinds = [e["kind"] for e in events]
+        most = max(kinds.count(kinds[i]) for i in good)
+        good = [i for i in good if kinds.count(kinds[i]) == most]
+    return int(rng.choice(good))
+
+
 def question_about(category, events, i):
     """The question of a category about event i: its text, its answer, and a grounded chain."""
-    target = events[i] if category == "count" else events[i + 1]
-    steps = look_for(events[i])
-    if target is not events[i]:
-        steps += " " + then_comes(target)
+    steps, target = look_for(search(events, i)), events[i]
+    if category != "count":
+        target = events[i + 1]
+        steps.append(then_comes(target))
     answer = target["kind"] if category == "order" else NUMBERS[target["pulses"]]
-    cot = f"<think>{steps}</think><answer>{answer}</answer>"
-    return QUESTIONS[category].format(events[i]["kind"]), answer, cot
+    return (QUESTIONS[category].format(named(category, events[i])), answer,
+            f"<think>{' '.join(steps)}</think><answer>{answer}</answer>")
 
 
 def all_questions(events):
     """Everything that can be asked about a clip: {question: (answer, chain)}."""
-    known = {}
-    for category in QUESTIONS:
-        for i in range(len(events) - (category != "count")):
-            question, answer, cot = question_about(category, events, i)
-            known[question] = answer, cot
-    return known
+    asked = [question_about(category, events, i) for category in QUESTIONS
+             for i in range(len(events)) if can_ask(category, events, i)]
+    return {question: (answer, cot) for question, answer, cot in asked}
 
 
 def write_row(category, events, rng, kinds=SYNTHETIC):
     """Question, four choices, answer and grounded chain for a clip; keys as in published rows."""
-    i = int(rng.integers(len(events) - (category != "count")))
+    i = pick(category, events, rng)
     question, answer, cot = question_about(category, events, i)
     pool = kinds if category == "order" else NUMBERS.values()
     wrong = rng.choice([x for x in pool if x not in (answer, events[i]["kind"])], 3, replace=False)
@@ -201,43 +266,27 @@ def write_row(category, events, rng, kinds=SYNTHETIC):
 
 
 # ---------------------------------------------------------------------------------- planted faults
-def other(rng, pool, *but):
-    return str(rng.choice([x for x in pool if x not in but]))
-
-
-def break_qa(fault, row, events, kinds, rng):
-    """The keys of a row that change when its question or answer is broken."""
-    answer, choices, question = row["answer"], row["multi_choice"], row["question"]
-    wrong = other(rng, choices, answer)
-    absent = other(rng, kinds, *(e["kind"] for e in events))
-    return {"wrong_answer": {"answer": wrong,  # the chain's last word is wrong in the same way
-                             "cot": row["cot"].replace(f"<answer>{answer}<", f"<answer>{wrong}<")},
-            "absent_sound": {"question": re.sub(r"the (\S+)\?", f"the {absent}?", question)},
-            "lost_choice": {"multi_choice": ["siren" if c == answer else c for c in choices]},
-            "double_choice": {"multi_choice": [answer if c == wrong else c for c in choices]},
-            }[fault]
-
-
-def break_chain(fault, row, kinds, rng):
-    """The chain of a row, with something else where a pattern first matches."""
-    pattern, pool = {"shift_segment": (r"<seg>([\d.]+)", [f"{t / 2:.1f}" for t in range(12)]),
-                     "past_the_end": (r", ([\d.]+)</seg>", ["7.5"]),
-                     "no_segment": ("(<seg>.*?</seg> )", [""]),
-                     "miscount": (r"has (\w+) pulses", NUMBERS.values()),
-                     "misname": (r"</seg> the (\S+)", kinds),
-                     "take_back": ("()</think>", [" Really it has nine pulses."]),
-                     "broken_tag": ("(</think>)", [""]),
-                     "contradict": ("<answer>(.+)</answer>", row["multi_choice"])}[fault]
-    said = re.search(pattern, row["cot"])
-    start, end = said.span(1)
-    return {"cot": row["cot"][:start] + other(rng, pool, said[1]) + row["cot"][end:]}
-
-
-QA_FAULTS = ("wrong_answer", "absent_sound", "lost_choice", "double_choice")
-COT_FAULTS = ("shift_segment", "past_the_end", "no_segment", "miscount", "misname", "take_back",
-              "broken_tag", "contradict")
+QA_FAULTS = {"wrong_answer": r'"answer": "(.+?)"', "absent_sound": r'(\S+)\?", "multi',
+             "lost_choice": r'"multi_choice": .*"(.+?)".*\], "answer": "\1"'}
+COT_FAULTS = {"shift_segment": r"<seg>(\d.\d)", "no_segment": r"(<seg>\S+ \S+ )",
+              "miscount": r"</seg> the \S+ has (\w+)", "misname": r"</seg> the (\S+)",
+              "contradict": r"<answer>(.+)</answer>", "skip_one": r"(I look for .+?\. )I",
+              "stop_early": r"( I look for the next [^>]+>[^>]+> [^.]+\.) Right"}
 QA_FAULT_SHARE = 0.06   # of the rows
 COT_FAULT_SHARE = 0.22  # the paper's RL and SFT sets are as 22 to 76
+
+
+def plant(fault, row, kinds, rng):
+    """A row with a fault: in its JSON something else stands where the fault's pattern matches."""
+    text = json.dumps(row)
+    pool = {"wrong_answer": row["multi_choice"], "contradict": row["multi_choice"],
+            "absent_sound": ["siren"], "lost_choice": ["siren"],
+            "shift_segment": [f"{t / 2:.1f}" for t in range(12)], "miscount": NUMBERS.values(),
+            "misname": kinds}.get(fault, [""])
+    said = re.search((QA_FAULTS | COT_FAULTS)[fault], text)
+    start, end = said.span(1)
+    new = rng.choice([x for x in pool if x != said[1]])
+    return json.loads(text[:start] + str(new) + text[end:])
 
 
 # ---------------------------------------------------------------------------------- the judge
@@ -263,13 +312,13 @@ def make_clips(settings, split, n_clips, sounds):
     clips = []
     for i in tqdm(range(n_clips), f"{split} clips"):
         rng = np.random.default_rng([settings.seed, ("train", "test").index(split), i])
-        samples, events = synthesise(rng, sounds)
+        samples, events = synthesise(rng, sounds, settings.clip_s)
         path = f"audio/{split}/{i:05d}.wav"
         write_atomically(Path(settings.out) / path, wav_bytes(samples))
         kinds = ", ".join(f"a {e['kind']}" for e in events)
         clips.append({"id": f"{split}-{i:05d}", "audio_path": path,
                       "A1_description": f"A recording with {kinds}.", "A2_speech": "none",
-                      "A3_music": "none", "A4_events": events, "A5_duration_s": CLIP_S})
+                      "A3_music": "none", "A4_events": events, "A5_duration_s": settings.clip_s})
     return clips
 
 
@@ -281,15 +330,24 @@ def make_rows(clips, kinds, seed, qa_faults=0.0, cot_faults=0.0):
             rng = np.random.default_rng([*seed, i, k])
             row = {"id": f"{clip['id']}-{category}", "audio_path": clip["audio_path"],
                    **write_row(category, clip["A4_events"], rng, kinds), "category": category}
-            draw, fault = rng.random(), "intact"
+            draw, fault, faults = rng.random(), "intact", {}
             if draw < qa_faults:
-                fault = str(rng.choice(QA_FAULTS))
-                row |= break_qa(fault, row, clip["A4_events"], kinds, rng)
+                faults = QA_FAULTS
             elif draw < qa_faults + cot_faults:
-                fault = str(rng.choice(COT_FAULTS))
-                row |= break_chain(fault, row, kinds, rng)
+                faults = COT_FAULTS
+            possible = [f for f in faults if re.search(faults[f], json.dumps(row))]
+            if possible:
+                fault = str(rng.choice(possible))
+                row = plant(fault, row, kinds, rng)
             rows.append((row, clip, fault))
     return rows
+
+
+def path(row, events):
+    """The events that a row's chain points at."""
+    pairs, _ = split_segments(row["cot"])
+    return [e for _, times in pairs for e in events
+            if segment_of(e) == tuple(map(float, times.split(",")))]
 
 
 def without(row, *keys):
@@ -300,10 +358,13 @@ def run():
     settings, sounds = parse_settings(Settings, __doc__), (None, None)
     if settings.sounds:
         sounds = read_sounds(settings.sounds, settings.hold_out, settings.seed)
+    if settings.clip_s < 6 or settings.clip_s % CELL_S:
+        raise EchoError(f"--clip-s {settings.clip_s}: needed: 6 or more, in whole half seconds")
     kinds, seed = sorted(sounds[0] or SYNTHETIC), settings.seed
     clips = make_clips(settings, "train", settings.train_clips, sounds[0])
     test_clips = make_clips(settings, "test", settings.test_clips, sounds[1])
-    test = [without(row, "cot") for row, _, _ in make_rows(test_clips, kinds, [seed, 3])]
+    test = [without(row, "cot") | {"listen_to": path(row, clip["A4_events"])}
+            for row, clip, _ in make_rows(test_clips, kinds, [seed, 3])]
     sets, verdicts = {"sft": [], "rl": [], "discarded": []}, Counter()
     for row, clip, fault in make_rows(clips, kinds, [seed, 2], QA_FAULT_SHARE, COT_FAULT_SHARE):
         verdict, wrong = judge(row, clip["A4_events"])
@@ -322,6 +383,21 @@ def run():
 # ==================================================================================================
 # From here on: reading and writing, the toy's data and your own.
 
+def write_atomically(path, data):
+    """Write text, bytes, or what data(file) writes: whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        if callable(data):
+            data(file)
+        else:
+            file.write(data if isinstance(data, bytes) else data.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 def wav_bytes(samples):
     """(N,) float samples in [-1, 1] as the bytes of a 16-bit mono WAV file."""
     data = io.BytesIO()
@@ -333,10 +409,13 @@ def wav_bytes(samples):
     return data.getvalue()
 
 
-def read_wav(path, data):
-    """A WAV file's bytes, 8 to 32-bit integer or float PCM -> (N, channels) float32, rate in Hz;
-    None for another coding."""
-    chunks, at = {}, 12
+def read_wav(path):
+    """A WAV file, 8 to 32-bit integer or 32-bit float PCM -> (N, channels) float32, rate in Hz."""
+    data, chunks, at = Path(path).read_bytes(), {}, 12
+    other = EchoError(f"{path}: not a WAV file of 8 to 32-bit PCM; convert it: ffmpeg -i "
+                      f"'{Path(path).name}' '{Path(path).stem}-16k.wav'")
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        raise other
     while at + 8 <= len(data):
         name, size = struct.unpack("<4sI", data[at:at + 8])
         left = len(data) - at - 8
@@ -353,7 +432,7 @@ def read_wav(path, data):
     if coding == 0xFFFE and len(header) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the coding follows
         coding = struct.unpack("<H", header[24:26])[0]
     if (coding, bits) not in ((1, 8), (1, 16), (1, 24), (1, 32), (3, 32)):
-        return None
+        raise other
     width = bits // 8
     if not channels or frame != channels * width or not 1000 <= rate <= 768_000:
         raise EchoError(f"{path}: broken WAV, {channels} channels of {bits} bits in frames of "
@@ -370,21 +449,8 @@ def read_wav(path, data):
 
 
 def load_audio(path):
-    """A clip as a mono waveform, (N,) float32 at 16 kHz; formats but WAV need torchcodec."""
-    data, read = Path(path).read_bytes(), None
-    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
-        read = read_wav(path, data)
-    if not read:
-        try:
-            samples, rate = torchaudio.load(path)
-            read = samples.T.numpy(), rate
-        except Exception as error:
-            reason = "not a WAV file of 8 to 32-bit PCM; pip install torchcodec reads more"
-            if not isinstance(error, ImportError):
-                reason = first_line(error)
-            raise EchoError(f"{path}: can't be read ({reason}); or convert it: ffmpeg -i "
-                            f"'{Path(path).name}' '{Path(path).stem}-16k.wav'") from None
-    samples, rate = read
+    """A WAV file as a mono waveform, (N,) float32 at 16 kHz."""
+    samples, rate = read_wav(path)
     if not samples.size:
         raise EchoError(f"{path}: the clip is empty, it holds no samples")
     if not np.abs(samples).max() <= 1e4:

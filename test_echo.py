@@ -3,14 +3,12 @@
 import contextlib
 import copy
 import fcntl
-import gc
 import io
 import itertools
 import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import struct
@@ -32,7 +30,7 @@ from transformers import (PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 import echo
 import generate
 import make_data
-import train_rl
+import train_rl  # noqa: F401
 import train_sft
 from echo import (AUDIO, GRPO, Config, EchoError, Rollout, Sample, Segment, load,
                   parse_segment, rollouts, save)
@@ -275,21 +273,6 @@ def test_segment_tags(text, want):
     assert (got.start_s, got.end_s, got.reason) == want
 
 
-def test_ten_thousand_hostile_tags():
-    rng, reasons = np.random.default_rng(0), set()
-    alphabet = [*"019., :s-e\n\0²∞٣", "<seg>", "</seg>", "9" * 400, "1, 2", "1, 1.1", "1, 33"]
-    for _ in range(10_000):
-        text, turns = "".join(rng.choice(alphabet, rng.integers(9))), rng.integers(10)
-        segment = parse_segment(text, 60.0, turns)
-        reasons.add((segment.reason, turns >= 8))
-        if segment.reason is None:
-            assert 0 <= segment.start_s < segment.end_s <= 60
-            assert 0.2 - 1e-6 <= segment.end_s - segment.start_s <= 30 + 1e-6
-    bad = ("malformed", "reversed", "outside the clip", "too short", "too long")
-    want = {(None, False), ("too many turns", True)}  # after eight of them
-    assert reasons == want | {(reason, late) for reason in bad for late in (False, True)}
-
-
 # ---------------------------------------------------------------------------------------- decoding
 
 def asked(n):
@@ -403,6 +386,12 @@ def test_sampled_rollouts_do_not_depend_on_their_batch(model):
     assert together[2].sample.ids != together[3].sample.ids  # another seed
     fresh = [rollouts(short, questions[:1], waves[:1])[0].sample.ids for _ in range(2)]
     assert fresh[0] != fresh[1]  # no seed
+    logits, n = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.9]), 4000  # draws against the softmax itself
+    p, rows = logits.softmax(-1), [Rollout(Sample(), None, np.random.default_rng(i)) for i in range(n)]
+    tokens, logp = echo.sample_tokens(logits.repeat(n, 1), rows, 1.0)
+    shares = torch.bincount(torch.tensor(tokens), minlength=5) / n
+    assert ((shares - p).abs() < 5 * (p / n).sqrt() + 1e-3).all()
+    assert logp == pytest.approx(p.log()[tokens].tolist(), abs=1e-5)
 
 
 def test_greedy_equals_transformers_generate(model):
@@ -414,19 +403,6 @@ def test_greedy_equals_transformers_generate(model):
         inputs_embeds=x, attention_mask=mask, do_sample=False, max_new_tokens=20,
         eos_token_id=list(model.eos_ids), pad_token_id=0)[0].tolist()
     assert ours.sample.ids[n_prompt(ours):] == theirs
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.2])
-def test_sampling_follows_the_probabilities(temperature):
-    """4,000 draws against the softmax itself; logits that are no numbers are an error."""
-    logits, n = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.9]), 4000
-    p = (logits / temperature).softmax(-1)
-    rows = [Rollout(Sample(), None, np.random.default_rng(i)) for i in range(n)]
-    tokens, logp = echo.sample_tokens(logits.repeat(n, 1), rows, temperature)
-    shares = torch.bincount(torch.tensor(tokens), minlength=5) / n
-    assert ((shares - p).abs() < 5 * (p / n).sqrt() + 1e-3).all()
-    assert logp == pytest.approx(p.log()[tokens].tolist(), abs=1e-5)
-    assert "not numbers" in error_of(echo.sample_tokens, logits[None] * math.nan, rows[:1], 1.0)
 
 
 # -------------------------------------------------------------------------------- rewards and GRPO
@@ -453,13 +429,6 @@ def test_rewards_by_hand(text, heard, parts):
     got = echo.paper_reward(Rollout(Sample(), None, None, segments=segments, text=text), "hum")
     assert list(got) == ["format", "consistency", "accuracy", "segment"]
     assert tuple(got.values()) == pytest.approx(parts)
-
-
-def test_advantages_and_flat_groups():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5], [1.5, 0.5, 0.5, 0.5]])
-    got = echo.group_advantages(rewards)
-    assert got[0].tolist() == pytest.approx([1, -1, -1, 1], abs=1e-3) and got[1].tolist() == [0] * 4
-    assert got[2].tolist() == pytest.approx([1.732, -0.577, -0.577, -0.577], abs=1e-2)
 
 
 def sgd(model, lr=0.0):
@@ -536,13 +505,12 @@ def test_flat_groups_teach_nothing_and_bad_gradients_end(model, write):
     _, _, metrics = echo.grpo_step(policy, model, sgd(policy, 1.0), asked(1), [noise(1.0)],
                                    range(4), GRPO(group=4))
     assert metrics["loss"] == 0 and all(map(torch.equal, policy.parameters(), model.parameters()))
-    for parts in ([{"a": math.nan}], [{"a": 1.0}, {}], [None]):
-        assert "reward function" in error_of(echo.total_rewards, parts)
     long = [Asked("what " * 20_000, ["a"], "a")]  # a question that does not fit ends no run
     responses, *_ = echo.grpo_step(policy, model, sgd(policy), asked(1) + long, [noise(1.0)] * 2,
                                    range(4), GRPO(group=2))
     assert [r.ended for r in responses] == ["eos"] * 2 + ["prompt too long"] * 2
     assert responses[2].text == "" and not responses[2].logprobs
+    assert "not numbers" in error_of(echo.sample_tokens, torch.full((1, 5), math.nan), [None], 1.0)
     policy.projector.weight.grad = torch.full_like(policy.projector.weight, math.nan)
     assert "lower learning rate" in error_of(echo.optimizer_step, sgd(policy))
 
@@ -553,9 +521,10 @@ def test_metrics_by_hand(model):
                     ended="eos", segments=[*heard[:3], Segment("x", reason="malformed")]),
             Rollout(Sample(), None, None, logprobs=[0.0] * 20, ended="length", segments=heard[3:])]
     questions = [make_data.Question({}, None, "", [], "hum", category) for category in "ab"]
+    questions[0].row["listen_to"] = [{"start_s": 0.1, "end_s": 1.9}, {"start_s": 1.2, "end_s": 2.0}]
     want = {"accuracy": 0.5, "a": 1, "b": 0, "segments": 2, "segment_s": 5.3 / 4,
-            "overlap": 1 / 5.3, "listened_once": 1, "listened_twice": 0.5, "rejected": 0.2,
-            "truncated": 0.5, "no_answer": 0.5, "length": 15, "audio_tokens": 1}
+            "hits": 1 / 3, "iou": (0.9 + 0.4) / 3,  # of three heard
+            "rejected": 0.2, "truncated": 0.5, "no_answer": 0.5, "length": 15, "audio_tokens": 1}
     assert generate.measure(questions, rows, {"a", "b"}) == pytest.approx(want)
     assert generate.measure([], [], {"a", "b"}) == {}
 
@@ -590,18 +559,6 @@ def pretrained(folder, listener=None, **config):
     torch.manual_seed(0)
     return echo.Echo(Config(decoder=str(folder), **config), listener or echo.SmallEncoder(32, 1, 2),
                      *echo.read_decoder(folder))
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_what_is_trained_of_a_pretrained_decoder(qwen, tied):
-    """Not its table nor its head; whether they are one, stays. Nothing drops out."""
-    model = pretrained(qwen[tied])
-    assert (model.decoder.lm_head.weight is model.decoder.model.embed_tokens.weight) == tied
-    for name, p in model.named_parameters():
-        trained = re.match(r"projector|decoder\.model\.(layers|norm)", name)
-        assert p.requires_grad == bool(trained), name
-    model.train()
-    assert torch.equal(model([dialogue(model)]), model([dialogue(model)]))
 
 
 def test_a_pretrained_decoder_writes_tags_as_ordinary_text(qwen, write):
@@ -676,7 +633,7 @@ def test_whisper_encoder(tokenizer, whisper):
 # -------------------------------------------------------------------------------------------- data
 
 def test_judge_catches_every_planted_fault():
-    kinds = list(make_data.SYNTHETIC)
+    kinds, planted = list(make_data.SYNTHETIC), set()
     for i in range(60):
         rng = np.random.default_rng([3, i])
         _, events = make_data.synthesise(rng)
@@ -684,19 +641,47 @@ def test_judge_catches_every_planted_fault():
             row = make_data.write_row(category, events, rng)
             assert make_data.judge(row, events) == ("sft", "")
             assert row["answer"] in row["multi_choice"] and len(set(row["multi_choice"])) == 4
-            for fault in make_data.QA_FAULTS:
-                bad = row | make_data.break_qa(fault, row, events, kinds, rng)
-                assert make_data.judge(bad, events)[0] == "discarded", (fault, bad)
-            for fault in make_data.COT_FAULTS:
-                bad = row | make_data.break_chain(fault, row, kinds, rng)
-                assert make_data.judge(bad, events)[0] == "rl", (fault, bad)
-    events = [{"kind": k, "start_s": s, "end_s": s + 1, "pulses": n}  # one by hand
-              for k, s, n in (("hum", 0.5, 3), ("bell", 2.0, 6), ("hiss", 4.5, 2))]
+            for verdict, faults in {"discarded": make_data.QA_FAULTS,
+                                    "rl": make_data.COT_FAULTS}.items():
+                for fault in faults:
+                    if re.search(faults[fault], json.dumps(row)):
+                        bad = make_data.plant(fault, row, kinds, rng)
+                        assert make_data.judge(bad, events)[0] == verdict, (fault, bad)
+                        planted.add(fault)
+    assert planted == {*make_data.QA_FAULTS, *make_data.COT_FAULTS}
+
+
+def test_questions_by_hand():
+    """A clip with two hums, told apart by listening; only what is clear can be asked."""
+    events = [{"kind": k, "start_s": a, "end_s": b, "pulses": n} for k, a, b, n in (
+        ("hum", 0.21, 1.43, 3), ("bell", 2.0, 3.0, 6), ("hum", 3.6, 4.5, 5), ("hiss", 4.9, 6, 2))]
     known = make_data.all_questions(events)
-    assert len(known) == 3 + 2 + 2 and known["Which sound comes right after the bell?"][0] == "hiss"
-    assert known["How many pulses has the sound right after the hum?"] == (
-        "six", "<think>I look for the hum <seg>0.5, 1.5</seg> the hum has three pulses. Right after"
-        " it <seg>2.0, 3.0</seg> the bell has six pulses.</think><answer>six</answer>")
+    assert len(known) == 2 + 1 + 1 + 3 and known["How many pulses has the hiss?"][0] == "two"
+    assert known["Which sound comes right after the bell?"][0] == "hum"
+    assert known["How many pulses has the sound right after the slow hum?"][0] == "six"
+    assert known["How many pulses has the sound right after the fast hum?"] == (
+        "two", "<think>I look for the hum <seg>0.0, 1.5</seg> the hum has three pulses and is slow."
+        " I look for the next hum <seg>3.5, 4.5</seg> the hum has five pulses and is fast. Right "
+        "after it <seg>4.5, 6.0</seg> the hiss has two pulses and is slow.</think><answer>two"
+        "</answer>")
+
+
+@pytest.mark.parametrize("clip_s", [6.0, 24.0])
+def test_the_world_has_no_grid_and_is_searched(clip_s):
+    """What the README says of clips: lengths, cells, candidates, and that a search has to listen."""
+    starts, looks = set(), []
+    for i in range(40):
+        rng = np.random.default_rng([4, i])
+        wave, events = make_data.synthesise(rng, None, clip_s)
+        assert len(wave) == clip_s * 16_000 and len(events) >= clip_s / 2
+        cells = [make_data.segment_of(e) for e in events]
+        for e, (start_s, end_s), (later_s, _) in zip(events, cells, [*cells[1:], (clip_s, 0)]):
+            assert 0.8 <= round(e["end_s"] - e["start_s"], 2) <= 1.5 and end_s <= later_s
+            assert e["start_s"] - start_s < 0.41 and end_s - e["end_s"] < 0.41
+            starts.add(round(e["start_s"] % 0.5, 2))
+        cot = make_data.write_row("find", events, rng)["cot"]
+        looks.append(cot.count("I look for"))
+    assert len(starts) > 30 and {looks.count(n) > 2 for n in (1, 2, 3)} == {True}
 
 
 def test_same_seed_same_bytes_and_no_shared_clips(data, tmp_path):
@@ -730,10 +715,7 @@ def test_recorded_sounds(tmp_path):
     assert {e["kind"] for clip in clips for e in clip["A4_events"]} == set(train)
     (folder / "gong/0.WAV").write_bytes(wav_bytes(np.zeros(8000)))
     assert "gong/0.WAV: silent" in mistake(*job)
-    (folder / "gong").rename(folder / "日本")
-    assert "kind ''" in mistake(*job)
-    shutil.rmtree(folder / "日本")
-    (folder / ".ipynb_checkpoints").mkdir()
+    shutil.rmtree(folder / "gong")
     assert "4 folders" in mistake(*job)
 
 
@@ -755,18 +737,6 @@ def test_broken_rows_are_one_line(tmp_path, content, says):
     (tmp_path / "r.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     error = error_of(read_questions, tmp_path / "r.jsonl")
     assert says in error and "r.jsonl" in error
-
-
-def test_rows_as_published(tmp_path):
-    """A byte order mark, MMAU's keys, no answers in a benchmark."""
-    file, row = tmp_path / "rows.json", {k: v for k, v in ROW.items() if k != "answer"}
-    (tmp_path / "x.wav").write_bytes(b"")
-    file.write_bytes(b"\xef\xbb\xbf" + json.dumps([ROW | {"task": "music"}]).encode())
-    q, = read_questions(file)
-    assert (q.category, q.answer, q.path) == ("music", "a", tmp_path / "x.wav")
-    file.write_text(json.dumps([row]))
-    q, = read_questions(file, "/r", needs=())
-    assert (q.category, q.answer, q.path) == ("all", None, Path("/r/x.wav"))
 
 
 def test_features_belong_to_their_segment(model, tmp_path):
@@ -847,77 +817,52 @@ def test_logs_of_the_training_scripts(trained):
         assert "projector.bias" not in frozen and "decoder.model.norm.weight" not in frozen
 
 
-def test_the_projector_starts_at_the_names(trained):
-    """A first-listen token is nearest to its sound's name, more often than by chance (1 in 8): the
-    detector has seen 4 steps."""
-    model, right = load(trained / "encoder"), []
-    table = model.decoder.get_input_embeddings().weight
-    words = torch.stack([table[model.ids(" " + k)].mean(0) for k in make_data.SYNTHETIC])
-    for clip in read_rows(trained.parent / "data/clips.jsonl"):
-        wave = load_audio(trained.parent / "data" / clip["audio_path"])
-        tokens = model.projector(model.hear([wave], True)[0])
-        for e in clip["A4_events"]:
-            nearest = torch.cosine_similarity(tokens[int(2 * e["start_s"])], words).argmax()
-            right.append(make_data.SYNTHETIC[nearest] == e["kind"])
-    assert np.mean(right) > 0.4
-
-
 def test_what_is_trained_already(trained, tmp_path):
+    """It is skipped; another setting, other inputs, a broken save or a second process is named."""
     assert good(*sft(trained, trained)).count("already trained") == 3
     again = rl(trained, trained / "rl", "--save-every 7")
     assert "already trained" in good(*again)
     assert "was begun with lr = " in mistake(*again, "--lr", 1)
+    assert "was begun with" in mistake(*rl(trained, trained / "sft"))  # in its model's place
     for stage in ("encoder", "base"):
         shutil.copytree(trained / stage, tmp_path / stage)
+    with open(tmp_path / "lock", "w") as lock:
+        (tmp_path / "sft").mkdir()
+        os.link(lock.name, tmp_path / "sft/lock")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process" in mistake(*sft(trained, tmp_path, "--sft-steps 2"))
     good(*sft(trained, tmp_path, "--sft-steps 2"))  # of no matter to the stages before
     assert [e["step"] for e in log_of(tmp_path / "sft")] == [1, 2, 2]
-    assert "begun with thumbnail = True" in mistake(*sft(trained, tmp_path, "--no-thumbnail"))
-    shutil.copytree(trained / "rl", tmp_path / "rl")  # of another model than this one:
-    other = rl(trained, tmp_path / "rl", "", "--model", tmp_path / "sft")
-    assert "was begun with model = " in mistake(*other)
-    shutil.rmtree(tmp_path / "rl/model")
-    (tmp_path / "rl/training.pt").write_bytes(b"half")
-    assert "training.pt: broken" in mistake(*rl(trained, tmp_path / "rl"))
-    with open(tmp_path / "sft/lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        shutil.rmtree(tmp_path / "sft/model")
-        assert "another process" in mistake(*sft(trained, tmp_path, "--sft-steps 2"))
-    good(*sft(trained, tmp_path, "--sft-steps 2"))
+    shutil.copytree(trained / "rl", tmp_path / "rl")
     began = json.loads((tmp_path / "rl/settings.json").read_text()) | {"model": f"{tmp_path}/sft"}
     (tmp_path / "rl/settings.json").write_text(json.dumps(began))
+    other = rl(trained, tmp_path / "rl", "", "--model", tmp_path / "sft")
     assert "was begun with sha1 of --model = " in mistake(*other)  # same path, trained again
-    assert "was begun with" in mistake(*rl(trained, trained / "sft"))  # in its model's place
-
-
-def test_settings_follow_a_pretrained_decoder_and_help_shows_them(monkeypatch):
-    for module in (train_sft, train_rl):
-        first, *_ = own = module.PRETRAINED
-        monkeypatch.setattr(sys, "argv", ["script", f"--{first}", "7"])  # what is given stays
-        assert echo.parse_settings(module.Settings, "") == module.Settings(**{first: 7})
-        parsed = echo.parse_settings(module.Settings, "", own)
-        assert parsed == module.Settings(**own | {first: 7})
-    code, said, _ = run("train_rl --help")
-    assert code == 0 and "updates a step, as in the paper" in said and "listen: Literal" in said
+    shutil.rmtree(tmp_path / "rl/model")
+    (tmp_path / "rl/training.pt").write_bytes(b"half")
+    (tmp_path / "rl/settings.json").write_text((trained / "rl/settings.json").read_text())
+    assert "training.pt: broken" in mistake(*rl(trained, tmp_path / "rl"))
 
 
 def test_generate_on_a_foreign_clip(data, trained, tmp_path, monkeypatch):
-    """Another rate, stereo: an answer in JSON, and one to read."""
+    """Another rate, stereo, a letter that the console lacks; and without a clip."""
     t = np.arange(3 * 44_100)[:, None] / 44_100
     raw = (8000 * np.sin(2 * np.pi * t * [300, 500])).astype("<i2").tobytes()
     (tmp_path / "my clip.wav").write_bytes(wav(raw, 44_100, 2))
-    flags = ["generate", tmp_path / "my clip.wav", "Which sound?", "--choices", "bell", "a hiss",
-             "--model", trained / "rl"]
-    said = json.loads(good("generate --json", *flags[1:]))  # a switch takes no word behind it
-    assert {"response", "segments", "ended"} < said.keys()
-    said = good(*flags)
-    assert "answer:" in said and "Which sound? bell, a hiss" in said and "(3.0 s)" in said
-    *flags, last = flags[:2] + ["Which ✓?", *flags[3:]]
-    assert run(*flags, last, encoding="latin-1")[0] == 0  # a letter that the console lacks
+    job = ["generate", "--clip", tmp_path / "my clip.wav", "--question", "Which ✓?", "--choices",
+           "bell", "a hiss", "--model", trained / "rl"]
+    said = good(*job)
+    assert "answer:" in said and "Which ✓? bell, a hiss" in said and "(3.0 s)" in said
+    assert run(*job, encoding="latin-1")[0] == 0
     monkeypatch.setenv("WORLD_SIZE", "2")  # a cluster's: only trainings start processes
     monkeypatch.chdir(data.parent)  # without a clip: a held-out one of the toy
     assert "truth:" in good("generate")
     monkeypatch.setenv("WORLD_SIZE", "")
     assert echo.pick_device("cpu", train=True).type == "cpu"
+
+
+def accuracy(said):
+    return float(re.search(r"accuracy +(\S+)", said)[1])
 
 
 def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
@@ -929,16 +874,15 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
     out = tmp_path / "out.json"
 
     def job(rows, *more):
-        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        (tmp_path / "rows.json").write_text("\ufeff" + json.dumps(rows))  # as Windows writes it
         return ["generate --temperature 1 --model", trained / "rl", "--audio-root", data,
                 "--benchmark", tmp_path / "rows.json", "--output", out, *more]
     mmau = [{"audio_id" if k == "audio_path" else k: v for k, v in row.items()} for row in rows]
-    metrics = json.loads(good(*job(mmau), "--json"))
-    assert 0 <= metrics["accuracy"] == metrics["sound"] <= 1
+    assert 0 <= accuracy(good(*job(mmau))) <= 1
     answers = "B", None, "A", None, mmau[4]["answer"]  # letters instead of choices, or nothing
     unknown = [row | {"answer": answer} for row, answer in zip(mmau, answers)]
-    code, said, err = run(*job(unknown), "--json")  # the rest is scored
-    assert code == 0 and json.loads(said)["accuracy"] in (0, 1)
+    code, said, err = run(*job(unknown))  # the rest is scored
+    assert code == 0 and accuracy(said) in (0, 1)
     assert err.count("none of its choices") == 2
     whole = json.loads(out.read_text())
     mmar = [row | {"modality": "x", "sub-category": "y"} for row in rows]
@@ -954,9 +898,9 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
 
 
 @pytest.mark.parametrize("command,says", [
-    ("generate nowhere.wav q?", "No such file or directory: 'nowhere.wav'"),
-    ("generate nowhere.wav", "no question"), ("generate a.wav q more", "unknown: a.wav q more"),
-    ("generate --report nowhere", "no log.jsonl"), ("generate --output x", "needs --benchmark"),
+    ("generate --clip nowhere.wav --question q?", "No such file or directory: 'nowhere.wav'"),
+    ("generate --clip nowhere.wav", "needs --question"), ("generate a.wav", "unknown: a.wav"),
+    ("generate --output x", "needs --benchmark"),
     ("generate --choices a b", "--choices: needs --clip"),
     ("train_rl --model nowhere", "nowhere: no Echo checkpoint there"),
     ("train_rl --steps many", "argument --steps: invalid int value: 'many'"),
@@ -965,7 +909,7 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
     ("train_rl --questions 3 --mini-batches 2", "must be a multiple of"),
     ("train_rl --nothing", "unknown: --nothing"), ("train_rl --step 3", "unknown: --step 3"),
     ("train_sft --clips bare.jsonl --out new", "row 1: 'A4_events' must be"),
-    ("train_sft --clips few.jsonl --out new", "few.jsonl: 1 kinds of sound"),
+    ("train_sft --clips few.jsonl --out new", "few.jsonl: 2 kinds of sound"),
     ("train_sft --decoder no/qwen --out new", "no/qwen"),
     ("train_sft --device cuda:9", "--device cuda:9"),
     ("make_data --seed x", "argument --seed: invalid int value: 'x'")])
@@ -974,7 +918,8 @@ def test_a_users_mistake_is_one_line(trained, tmp_path, monkeypatch, command, sa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     event = {"kind": "hum", "start_s": 0.0, "end_s": 1.0}
-    for file, events in (("bare", [event]), ("few", [event | {"pulses": 2}])):
+    two = [event | {"pulses": 2}, {"kind": "bell", "start_s": 1.0, "end_s": 2.0, "pulses": 3}]
+    for file, events in (("bare", [event]), ("few", two)):
         Path(f"{file}.jsonl").write_text(json.dumps({"audio_path": "a.wav", "A4_events": events}))
     name, *flags = command.split()
     usual = {"make_data": ["make_data"], "generate": ["generate", "--model", trained / "rl"],
@@ -1019,9 +964,8 @@ def test_pretrained_stages_end_to_end(data, trained, qwen, whisper, tmp_path):
     (tmp_path / "rl.jsonl").write_text(json.dumps(read_rows(data / "rl.jsonl")))  # a list
     good(*rl(trained, tmp_path / "rl", bf16, "--model", tmp_path / "sft",
              "--data", tmp_path / "rl.jsonl", "--audio-root", data))
-    said = good("generate --json --choices a b --model", tmp_path / "rl",
-                data / "audio/test/00000.wav", "What?")
-    assert json.loads(said)["ended"]
+    assert "answer:" in good("generate --choices a b --model", tmp_path / "rl", "--question", "Eh?",
+                             "--clip", data / "audio/test/00000.wav")
 
 
 # --------------------------------------------------------------------- kills and several processes
@@ -1057,20 +1001,6 @@ def test_killed_and_run_again_ends_with_the_same_weights(trained, tmp_path, name
     shutil.rmtree(folder)
     good(*jobs[name])
     assert equal(weights(folder), went_on) and untimed(folder) == log
-
-
-def test_a_full_disk_is_one_line(trained, tmp_path):
-    """No file may grow beyond a limit; afterwards the same command goes on."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    job = rl(trained, tmp_path / "rl", "--save-every 1")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
-        assert "training.pt" in mistake(*job)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    gc.collect()  # a process that ends lets go of its lock; this one has to forget it
-    good(*job)
-    assert equal(weights(tmp_path / "rl"), weights(trained / "rl"))
 
 
 PLAIN = """import sys
@@ -1118,12 +1048,10 @@ def test_pages_are_self_contained_and_escape_text(trained, tmp_path, write):
     write(load(trained / "rl"), [f"<think>{said}</think><answer>hum</answer>"])
     (tmp_path / "clip.wav").write_bytes(wav_bytes(noise(3.0)))
     save(within(load(trained / "rl"), 300), tmp_path / "model")
-    good("generate --html", tmp_path / "trace.html", "--model", tmp_path / "model",
-         tmp_path / "clip.wav", HOSTILE, "--choices", "hum", HOSTILE)
+    good("generate --html", tmp_path / "trace.html", "--model", tmp_path / "model", "--clip",
+         tmp_path / "clip.wav", "--question", HOSTILE, "--choices", "hum", HOSTILE)
     page = (tmp_path / "trace.html").read_text()
     assert "<script>document.title" not in page and "<img src=x" not in page
     assert "&lt;script&gt;" in page and not re.search(r"(src|href)=[\"']?(https?:)?//", page)
     assert page.count('data-start="0.5" data-end="1.5"') == 2 and "outside the clip" in page
-    good("generate --report", trained / "rl", "--against", trained / "sft")
-    report = (trained / "rl/report.html").read_text()
-    assert report.count("<svg") > 15 and report.count("<polyline") > report.count("<svg")
+    assert (trained / "rl/report.html").read_text().count("<polyline") > 15

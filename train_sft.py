@@ -14,6 +14,7 @@ goes on from its last save. Left out: packing of several rows into one sequence.
 import fcntl
 import functools
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,10 +29,11 @@ from tqdm import tqdm
 from echo import (SAMPLE_RATE, THUMBNAIL_RATE, TOKENS_PER_SECOND, Config, Echo, EchoError, Segment,
                   SmallEncoder, batches, cut, load, main, optimizer_step, parse_settings,
                   pick_device, processes, read_decoder, read_whisper, save, sft_loss, sha1,
-                  split_segments, sum_over_processes, write_atomically)
+                  split_segments, sum_over_processes)
 from generate import evaluate
-from make_data import (NUMBERS, QUESTIONS, from_edge, load_audio, look_for, read_questions,
-                       read_rows, then_comes, write_row)
+from make_data import (NUMBERS, QUESTIONS, can_ask, from_edge, load_audio, look_for, named, pick,
+                       read_questions, read_rows, search, segment_of, then_comes, write_atomically,
+                       write_row)
 
 
 @dataclass
@@ -44,14 +46,14 @@ class Settings:
     decoder: str = "tiny"            # or a Qwen2 checkpoint: a name or a local folder
     encoder: str = "small"           # or a Whisper checkpoint: a name or a local folder
     thumbnail: bool = True           # --no-thumbnail: the first listen is at the full rate
-    encoder_steps: int = 300         # of 16 clips; 96 to 98% of the frames are right by then
-    base_captions: int = 200         # steps
-    base_instructions: int = 800     # steps
+    encoder_steps: int = 1000        # of 32 segments and 4 whole clips
+    base_captions: int = 250         # steps
+    base_instructions: int = 950     # steps
     base_batch: int = 8
     base_lr: float = 1e-3
-    sft_steps: int = 400             # the paper: one epoch of 75.9k rows
+    sft_steps: int = 100             # the paper: one epoch of 75.9k rows
     sft_batch: int = 16
-    sft_lr: float = 7e-4             # the paper: 5e-6, for 7 billion parameters
+    sft_lr: float = 3e-4             # the paper: 5e-6, for 7 billion parameters
     projector_rate: float = 1.0      # the projector's learning rate, as a factor
     micro_batch: int = 16            # rows in one pass; gradients are accumulated over them
     bf16: bool = False               # bf16 arithmetic in the decoder
@@ -60,7 +62,7 @@ class Settings:
     save_every: int = 250            # steps
 
 # With a pretrained decoder the defaults are, as measured for the README:
-PRETRAINED = dict(base_captions=40, base_instructions=130, base_lr=5e-5, sft_steps=20, sft_batch=8,
+PRETRAINED = dict(base_captions=100, base_instructions=300, base_lr=5e-5, sft_steps=20, sft_batch=8,
                   sft_lr=2e-5, projector_rate=0.2, micro_batch=8, save_every=40,
                   bf16=torch.cuda.is_available())
 PAPER_PROMPT = ("{question} Choose the answer from {choices}. Think step-by-step. Refer to the "
@@ -263,11 +265,13 @@ def tiny_decoder(vocab_size, dim=128, layers=4, heads=4):
             bias[:, 1, :3] = 7.0 * torch.sin(shift * angle[:3])
         predecessor.v_proj.weight.copy_(first)
         predecessor.o_proj.weight.copy_(0.08 * turn @ first.T)
-        # layer 1: q = k on that subspace, in the dims that RoPE hardly turns over a clip's length
+        # layer 1: q = k on that subspace, in the dims that RoPE hardly turns over a clip's length; in
+        # others, of two heads, constants against near matches: a token would match itself best
         slow = (angle < 0.015).repeat(2 * heads)[:, None]
-        for projection in (induction.q_proj, induction.k_proj):
+        for projection, sign in ((induction.q_proj, 1), (induction.k_proj, -1)):
             projection.weight *= 0.1
             projection.weight += 2.4 * slow * second @ turn.T
+            projection.bias.view(heads, 2, half)[:2, 0, 2:7] = 4.0 * sign
         induction.v_proj.weight.copy_(first)
         induction.o_proj.weight.copy_(0.08 * first.T)
     return decoder
@@ -285,7 +289,8 @@ def new_model(settings, described):
         texts += [f' {q.question} Choose from ["{q.answer}", "].\n{q.row["cot"]}']
         texts += [text for choice in q.choices for text in (choice, " " + choice)]
     for _, events in described:
-        texts += [f" Describe every sound. {look_for(e)} Describe and what comes" for e in events]
+        texts += [f" Describe every sound. Describe and what comes {said}"
+                  for said in look_for(events)]
     tokenizer = tiny_tokenizer(texts)
     return Echo(config, encoder, tiny_decoder(len(tokenizer)), tokenizer)
 
@@ -296,104 +301,121 @@ def read_clips(settings):
     for number, row in enumerate(read_rows(settings.clips, ("audio_path",)), 1):
         try:
             events = sorted(row["A4_events"], key=lambda e: e["start_s"])
-            good = events and all(isinstance(e["kind"], str) and e["pulses"] in NUMBERS
-                                  and 0 <= e["start_s"] < e["end_s"] for e in events)
-        except (TypeError, KeyError):
+            good = all(e["kind"].strip() and e["pulses"] in NUMBERS and
+                       0 <= e["start_s"] < e["end_s"] for e in events)
+            for category in QUESTIONS:
+                good &= any(can_ask(category, events, i) for i in range(len(events)))
+        except (TypeError, KeyError, AttributeError):
             good = False
         if not good:
             raise EchoError(f"{settings.clips}, row {number}: 'A4_events' must be a list of events "
-                            "with kind, start_s, end_s and 2 to 6 pulses")
+                            "with kind, start_s, end_s and 2 to 6 pulses, to ask each kind of "
+                            "question about")
         described.append((root / row["audio_path"], events))
     kinds = sorted({e["kind"] for _, events in described for e in events})
     if len(kinds) < 5:
-        raise EchoError(f"{settings.clips}: {len(kinds)} kinds of sound; questions about order "
-                        "need five or more")
+        raise EchoError(f"{settings.clips}: {len(kinds)} kinds of sound; needed: five or more")
     return described, kinds
 
 
 # ---------------------------------------------------------------------------------- encoder
 class Detector(nn.Module):
-    """Frame-level sound-event detector: the encoder, and linear heads for the kind of sound (the
-    last: silence) and for the number of pulses."""
+    """Sound-event detector: the encoder, and two linear heads. One gives each token the embedding
+    of the words for what it holds; the other counts pulses, at the full rate."""
 
-    def __init__(self, encoder, kinds):
+    def __init__(self, model, kinds):
         super().__init__()
-        self.kinds, self.encoder = kinds, encoder.requires_grad_(True)
-        self.kind = nn.Linear(encoder.dim, len(kinds) + 1)
-        self.pulses = nn.Linear(encoder.dim, len(NUMBERS))
+        self.kinds, self.encoder = kinds, model.encoder.requires_grad_(True)
+        table = model.decoder.get_input_embeddings().weight.detach()
+        self.names, self.numbers = (torch.stack(
+            [*(table[model.ids(" " + word)].mean(0) for word in words), 0 * table[0]])
+            for words in ([*kinds, "and"], NUMBERS.values()))
+        self.words = nn.Linear(model.encoder.dim, table.shape[1])
+        self.pulses = nn.Linear(model.encoder.dim, len(NUMBERS))
 
     def labels(self, events, start_s, n, rate):
-        """Of n tokens from `start_s` on: kind, and index of the number of pulses or -1: (2, n). At
-        the full rate pulses count, and the gaps between them are silence."""
-        t = start_s + (torch.arange(n) + 0.5) / rate
-        kind, pulses = torch.full((n,), len(self.kinds)), torch.full((n,), -1)
+        """What n tokens from `start_s` on hold, as indices: kind, -2 for "and", -1 for silence; and
+        number of pulses, or -1: (2, n). At the full rate a pulse has a kind, a gap is silent, and
+        pulses count if the whole sound is there. A thumbnail's token has the kind of the sound that
+        begins in it, "and" if one goes on: so that a sound's first token stands out."""
+        begin = start_s + torch.arange(n) / rate  # of each token
+        kind, pulses = torch.full((2, n), -1)
         for e in events:
-            inside = (t > e["start_s"]) & (t < e["end_s"])
-            if rate == TOKENS_PER_SECOND:
-                pulses[inside] = list(NUMBERS).index(e["pulses"])
-                share = (t - e["start_s"]) / (e["end_s"] - e["start_s"])
-                inside &= from_edge(e["pulses"], share) > 0
+            if rate == THUMBNAIL_RATE:
+                touched = (begin + 1 / rate > e["start_s"] + 0.02) & (begin < e["end_s"] - 0.02)
+                kind[touched] = -2
+                kind[touched & (begin <= e["start_s"])] = self.kinds.index(e["kind"])
+                continue
+            share = (begin + 0.5 / rate - e["start_s"]) / (e["end_s"] - e["start_s"])
+            if start_s <= e["start_s"] and e["end_s"] <= start_s + n / rate:
+                pulses[(share > 0) & (share < 1)] = list(NUMBERS).index(e["pulses"])
+            inside = (share > 0) & (share < 1) & (from_edge(e["pulses"], share) > 0)
             kind[inside] = self.kinds.index(e["kind"])
         return torch.stack([kind, pulses])
 
+    def targets(self, labels):
+        """Labels (..., 2, n) -> the sum of the words' embeddings, (..., n, decoder dim)."""
+        return self.names[labels[..., 0, :]] + self.numbers[labels[..., 1, :]]
+
     def forward(self, waves, labels, thumbnail):
-        """Waveforms (B, N), labels (B, 2, n) -> mean loss of a token, share of right kinds."""
-        x, (kind, pulses) = self.encoder(waves, thumbnail), labels.unbind(1)
-        logits = self.kind(x)
-        loss = F.cross_entropy(logits.flatten(0, 1), kind.flatten()) + F.cross_entropy(
+        """Waveforms (B, N), labels (B, 2, n) -> mean loss of a token."""
+        x, pulses = self.encoder(waves, thumbnail), labels[:, 1]
+        apart = (self.words(x) - self.targets(labels)).square().sum(2).mean()
+        return apart / self.names[0].square().sum() + 3 * F.cross_entropy(
             self.pulses(x).flatten(0, 1), pulses.flatten(), reduction="sum",
-            ignore_index=-1) / kind.numel()
-        return loss, (logits.argmax(2) == kind).float().mean()
+            ignore_index=-1) / pulses.numel()
 
 
-def train_encoder(detector, training, described, settings, n_clips=600, batch=16):
-    """Each step: random crops of some clips at the full rate, and thumbnails of whole ones."""
-    mine = range(batch)[training.rank::training.world]
-    waves = [load_audio(path) for path, _ in tqdm(described[:n_clips], "reading clips")]
+def train_encoder(detector, training, described, settings):
+    """Each step: segments of one length at the full rate, and thumbnails of whole clips."""
+    waves = [load_audio(path) for path, _ in tqdm(described, "reading clips")]
     shortest_s = min(map(len, waves)) / SAMPLE_RATE
+    whole, segments = [(i, 0.0) for i in range(len(waves))], {}  # (clip, start_s); by length_s
+    for i, (_, events) in enumerate(described):
+        for start_s, end_s in map(segment_of, events):
+            segments.setdefault(end_s - start_s, []).append((i, start_s))
+    often = np.sqrt([len(some) for some in segments.values()])  # the rarer lengths, too
     for step in training.steps(settings.encoder_steps, "encoder"):
-        crop_s = np.random.default_rng([settings.seed, step]).integers(8, 36) / TOKENS_PER_SECOND
-        parts = {"frames": (TOKENS_PER_SECOND, min(crop_s, shortest_s))}
+        rng = np.random.default_rng([settings.seed, step])
+        length_s = rng.choice(list(segments), p=often / often.sum())
+        parts = {"segment_loss": (segments[length_s], length_s, TOKENS_PER_SECOND, 32)}
         if settings.thumbnail:
-            parts["first"] = THUMBNAIL_RATE, shortest_s
+            parts["first_loss"] = whole, shortest_s, THUMBNAIL_RATE, 4
         metrics = {}
-        for name, (rate, length_s) in parts.items():
-            n, hop, pieces, labels = int(length_s * rate + 1e-6), SAMPLE_RATE // rate, [], []
+        for name, (places, length_s, rate, batch) in parts.items():
+            n, mine, pieces, labels = math.ceil(length_s * rate - 1e-6), [], [], []
+            mine = range(batch)[training.rank::training.world]
             for k in mine:
                 rng = np.random.default_rng([settings.seed, step, k])
-                i = int(rng.integers(len(waves)))
-                at = int(rng.integers(len(waves[i]) // hop - n + 1))
-                pieces.append(waves[i][at * hop:(at + n) * hop])
-                labels.append(detector.labels(described[i][1], at / rate, n, rate))
-            means = detector(*(torch.stack(x).to(training.device) for x in (pieces, labels)),
-                             thumbnail=name == "first")
-            loss, right = (x * len(mine) / batch for x in means)  # this process's share
+                i, start_s = places[rng.integers(len(places))]
+                pieces.append(cut(waves[i], Segment("", start_s, start_s + length_s)))
+                labels.append(detector.labels(described[i][1], start_s, n, rate))
+            pieces, labels = (torch.stack(x).to(training.device) for x in (pieces, labels))
+            loss = detector(pieces, labels, rate == THUMBNAIL_RATE) * len(mine) / batch
             loss.backward()
-            metrics[f"{name}_loss"] = sum_over_processes(loss.item())
-            metrics[f"{name}_right"] = sum_over_processes(right.item())
-        training.set_lr(2e-3 * linear_schedule(step, settings.encoder_steps, WARMUP))
+            metrics[name] = sum_over_processes(loss.item())
+        training.set_lr(3e-3 * linear_schedule(step, settings.encoder_steps, WARMUP))
         optimizer_step(training.optimizer)
         training.step += 1
-        training.log(metrics, show=[f"{name}_right" for name in parts], every=25)
+        training.log(metrics, show=parts, every=25)
 
 
 @torch.no_grad()
 def start_projector(model, detector, described):
     """Start the projector, by least squares, where an audio token looks like the words for what it
-    holds: its sound's name, at the full rate plus the number of pulses; silence is zero."""
-    table = model.decoder.get_input_embeddings().weight.cpu()
-    zero, x, y = torch.zeros_like(table[:1]), [], []
-    names, numbers = (
-        torch.cat([*(table[model.ids(" " + word)].mean(0, keepdim=True) for word in words), zero])
-        for words in (detector.kinds, NUMBERS.values()))
-    for path, events in tqdm(described[:400], "projector"):
+    holds."""
+    x, y = [], []
+    for path, events in tqdm(described[:300], "projector"):
         wave = load_audio(path)
-        for first_listen in {model.config.thumbnail, False}:
-            tokens, = model.hear([wave], first_listen)
-            rate = THUMBNAIL_RATE if first_listen else TOKENS_PER_SECOND
-            kind, pulses = detector.labels(events, 0.0, len(tokens), rate)
+        pieces = [(0.0, wave, model.config.thumbnail)]
+        for start_s, end_s in map(segment_of, events):
+            pieces.append((start_s, cut(wave, Segment("", start_s, end_s)), False))
+        for start_s, piece, thumbnail in pieces:
+            tokens, = model.hear([piece], thumbnail)
+            rate = THUMBNAIL_RATE if thumbnail else TOKENS_PER_SECOND
+            labels = detector.labels(events, start_s, len(tokens), rate)
             x.append(F.pad(tokens.cpu(), (0, 1), value=1.0))
-            y.append(names[kind] + numbers[pulses])
+            y.append(detector.targets(labels).cpu())
     # features end in a LayerNorm: they and the column of ones are linearly dependent, so that
     # without rcond lstsq would fit rounding noise
     solution = torch.linalg.lstsq(torch.cat(x).double(), torch.cat(y).double(), rcond=1e-6).solution
@@ -403,7 +425,7 @@ def start_projector(model, detector, described):
 
 # ---------------------------------------------------------------------------------- base
 def train_base(model, training, settings):
-    """Captions until places are known, then instructions, 40% of them on short clips."""
+    """Captions until places are known, then instructions, 30% of them on short clips."""
     clips, (described, kinds) = features_of(model), read_clips(settings)
     mine = range(settings.base_batch)[training.rank::training.world]
     steps = settings.base_captions + settings.base_instructions
@@ -411,7 +433,7 @@ def train_base(model, training, settings):
         samples, instruct = [], step >= settings.base_captions
         for i, k in zip(training.batch(len(described), settings.base_batch), mine):
             rng = np.random.default_rng([settings.seed, step, k])
-            if instruct and rng.random() < 0.4:
+            if instruct and rng.random() < 0.3:
                 samples.append(short_clips(model, *described[i], clips, rng, kinds))
             else:
                 samples.append(whole_clip(model, *described[i], clips, rng, instruct))
@@ -421,26 +443,29 @@ def train_base(model, training, settings):
 
 def whole_clip(model, path, events, clips, rng, instruct):
     """Captions name every sound in RANDOM order: in order of time, where a sound is could be had
-    without its name. Instructions name the sounds to describe, or one and all that follow it; half
-    of them come with the segments' audio."""
-    mixed = [events[i] for i in rng.permutation(len(events))]
-    ask, said = "Describe every sound.", [look_for(e) for e in mixed]
-    if instruct and rng.random() < 0.5:
-        said = said[:int(rng.integers(1, len(mixed) + 1))]
-        ask = f"Describe {', '.join('the ' + e['kind'] for e in mixed[:len(said)])}."
-    elif instruct and len(events) > 1:
-        i = int(rng.integers(len(events) - 1))
-        ask = f"Describe the {events[i]['kind']} and what comes after it."
-        said = [look_for(events[i]), *map(then_comes, events[i + 1:])]
+    without its name. Instructions name kinds to describe, or one sound, which may have to be
+    searched, and all that follows it; half of them come with the segments' audio."""
+    ask, kinds = "Describe every sound.", list(map(str, rng.permutation(
+        list(dict.fromkeys(e["kind"] for e in events)))))
+    if instruct and rng.random() < 0.3:
+        kinds = kinds[:rng.integers(1, len(kinds) + 1)]
+        ask = f"Describe {', '.join('the ' + kind for kind in kinds)}."
+    said = [text for kind in kinds for text in look_for([e for e in events if e["kind"] == kind])]
+    if instruct and ask == "Describe every sound.":
+        category = str(rng.choice(["find", "count_after"]))
+        i = pick(category, events, rng)
+        ask = f"Describe the {named(category, events[i])} and what comes after it."
+        said = look_for(search(events, i)) + list(map(then_comes, events[i + 1:]))
     listen = instruct and rng.random() < 0.5
     prompt = model.prompt(clips(path), ask)
     return add_grounded(model, prompt, " ".join(said), path, clips, listen)
 
 
 def short_clips(model, path, events, clips, rng, kinds):
-    """A question, and short clips at the full rate with what is heard in them; no whole clip. Here
-    counting is learned. Where the short clips lie is given: it can't be known."""
-    category = str(rng.choice(list(QUESTIONS))) if len(events) > 1 else "count"
+    """A question, half of them to find, and short clips at the full rate with what is heard in
+    them; no whole clip. Here counting is learned, and when to go on. Where the short clips lie is
+    given: it can't be known."""
+    category = str(rng.choice(list(QUESTIONS), p=[0.1, 0.3, 0.1, 0.5]))
     row = write_row(category, events, rng, kinds)
     prompt = model.prompt([], row["question"], row["multi_choice"])
     listen = rng.random() < 0.75  # else: how an answer follows from a chain, whatever the distance
@@ -482,7 +507,7 @@ def run_stage(stage, settings, device):
         torch.manual_seed(settings.seed)
         described, kinds = read_clips(settings)
         model = new_model(settings, described).to(device)
-        detector = Detector(model.encoder, kinds).to(device)
+        detector = Detector(model, kinds).to(device)
         training = Training(folder, detector, depends_on)
         if settings.encoder == "small":
             train_encoder(detector, training, described, settings)
@@ -495,7 +520,7 @@ def run():
     if settings.decoder != "tiny":
         settings = parse_settings(Settings, __doc__, PRETRAINED)
     device = pick_device(settings.device, train=True)
-    smallest, (_, world) = min(16, settings.base_batch, settings.sft_batch), processes()
+    smallest, (_, world) = min(4, settings.base_batch, settings.sft_batch), processes()
     if smallest < world:
         raise EchoError(f"{world} processes for a batch of {smallest}; start fewer")
     for stage in STAGES:

@@ -1,5 +1,12 @@
-"""Measure what the README quotes, after training: python .github/measure.py [runs/rl]"""
+"""Measure what the README quotes, after training:
+
+    python .github/measure.py speed RUNS               # probe, decoding, a GRPO step
+    python .github/measure.py listening RUNS [DATA]    # decisions, looks, oracle, turns: JSON lines
+
+RUNS: the folder with base, sft and rl.
+"""
 # SPDX-License-Identifier: MIT
+import json
 import sys
 import time
 from pathlib import Path
@@ -10,7 +17,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import echo  # noqa: E402
 from echo import GRPO, Segment, cut, grpo_step, load, rollouts  # noqa: E402
-from make_data import load_audio, read_questions, read_rows  # noqa: E402
+from generate import answer, measure  # noqa: E402
+from make_data import (load_audio, look_for, read_questions, read_rows, segment_of,  # noqa: E402
+                       then_comes)
 
 
 def seconds(call, repeat=3):
@@ -30,9 +39,9 @@ def probe(model, clips):
         wave = load_audio(Path("data") / clip["audio_path"])
         first = model.hear([wave], True)[0]
         for e in clip["A4_events"]:
-            start, end = (int(echo.THUMBNAIL_RATE * e[k]) for k in ("start_s", "end_s"))
+            segment = Segment("", *segment_of(e))
+            start, end = (int(echo.THUMBNAIL_RATE * s) for s in segment_of(e))
             tokens["first-listen"].append(first[start:end].flatten())
-            segment = Segment("", e["start_s"], e["end_s"])
             tokens["full-rate"].append(model.hear([cut(wave, segment)])[0].flatten())
             pulses.append(e["pulses"])
     y, n = torch.tensor(pulses), len(pulses) * 4 // 5  # the last fifth is not trained on
@@ -103,12 +112,86 @@ def step(policy, reference, questions, waves):
     print(f"a GRPO step of 8 x 8: {took:.2f} s")
 
 
-if __name__ == "__main__":
-    folder = sys.argv[1] if len(sys.argv) > 1 else "runs/rl"
-    model, policy = load(folder), load(Path(folder).parent / "sft")
+def chain(model, q, waves, listen=True):
+    """The prompt of a question to find, and the true chain up to its last look, with the audio;
+    and where it has to be decided whether to go on: [(index of the id, go on?), ...]."""
+    wave, looks = waves[q.path], q.row["listen_to"]
+    sample = model.prompt(model.hear([wave], True)[0], q.question, q.choices)
+    decisions = []
+    for k, said in enumerate([*look_for(looks[:-1]), then_comes(looks[-1])]):
+        before, tag, after = said.partition("</seg>")
+        if k:
+            decisions.append((len(sample.ids), k < len(looks) - 1))
+        sample.add(model.ids((" " if k else "<think>") + before + tag))
+        if listen:
+            sample.add_audio(model.hear([cut(wave, Segment("", *segment_of(looks[k])))])[0])
+        if k < len(looks) - 1:
+            sample.add(model.ids(after))
+    return sample, decisions
+
+
+@torch.no_grad()
+def decisions(model, questions, waves):
+    """On true chains: how often " I look ..." or " Right ..." is likelier where it is right."""
+    right = {True: [], False: []}
+    go, stop = model.ids(" I")[0], model.ids(" Right")[0]
+    for q in questions:
+        sample, where = chain(model, q, waves)
+        logits = model.logits(model.hidden(*model.embed([sample]))[0])
+        for at, go_on in where:
+            right[go_on].append(bool(logits[at - 1, go] > logits[at - 1, stop]) == go_on)
+    return {name: sum(x) / len(x) for name, x in (("go_on", right[True]), ("stop", right[False]))}
+
+
+def by_looks(questions, responses):
+    """Accuracy and segments heard, by the number of looks that a question to find needs."""
+    out = {}
+    for n in (2, 3, 4):
+        some = [(q, r) for q, r in zip(questions, responses)
+                if q.category == "find" and len(q.row["listen_to"]) == n]
+        metrics = measure(*zip(*some)) if some else {}
+        out |= {f"find_{n}": metrics.get("accuracy"), f"segments_{n}": metrics.get("segments")}
+    return out
+
+
+@torch.no_grad()
+def oracle(model, questions, waves):
+    """Accuracy of questions to find when the true chain is given up to the last look."""
+    rows = []
+    for q in questions:
+        rows.append(echo.Rollout(chain(model, q, waves)[0], waves[q.path], None))
+    for some in echo.batches(rows, 50):
+        echo.decode(model, some, None, 0.0)
+    return sum(echo.same_answer(echo.extract_answer("<think>" + r.text) or "", q.answer)
+               for q, r in zip(questions, rows)) / len(rows)
+
+
+def listening(runs, data="data"):
+    questions = read_questions(f"{data}/test.jsonl")
+    waves = {q.path: load_audio(q.path) for q in questions}
+    find = [q for q in questions if q.category == "find"]
+    for stage in ("base", "sft", "rl"):
+        model = load(f"{runs}/{stage}")
+        entry = {"data": data, "stage": stage, "decisions": decisions(model, find, waves)}
+        if stage != "base":
+            entry |= {"looks": by_looks(find, answer(model, find))}
+        print(json.dumps(entry), flush=True)
+    print(json.dumps({"data": data, "oracle_find": oracle(model, find, waves)}), flush=True)
+    for turns in (1, 2, 3, 4):
+        model.config.max_turns = turns
+        metrics = measure(questions, answer(model, questions), {q.category for q in questions})
+        print(json.dumps({"data": data, "max_turns": turns, **metrics}), flush=True)
+
+
+def speed(runs):
+    model, policy = load(f"{runs}/rl"), load(f"{runs}/sft")
     model.bf16 = policy.bf16 = "--bf16" in sys.argv
     questions = read_questions("data/test.jsonl")[:8]
     waves = [load_audio(q.path) for q in questions]
     probe(model, read_rows("data/clips.jsonl")[:1500])
     decoding(model, questions, waves)
     step(policy, model.requires_grad_(False), questions, waves)
+
+
+if __name__ == "__main__":
+    {"speed": speed, "listening": listening}[sys.argv[1]](*sys.argv[2:4])
