@@ -48,12 +48,12 @@ class Settings:
     thumbnail: bool = True           # --no-thumbnail: the first listen is at the full rate
     encoder_steps: int = 1000        # of 32 segments and 4 whole clips
     base_captions: int = 250         # steps
-    base_instructions: int = 950     # steps
+    base_instructions: int = 1250    # steps
     base_batch: int = 8
     base_lr: float = 1e-3
-    sft_steps: int = 100             # the paper: one epoch of 75.9k rows
+    sft_steps: int = 150             # the paper: one epoch of 75.9k rows
     sft_batch: int = 16
-    sft_lr: float = 3e-4             # the paper: 5e-6, for 7 billion parameters
+    sft_lr: float = 5e-4             # the paper: 5e-6, for 7 billion parameters
     projector_rate: float = 1.0      # the projector's learning rate, as a factor
     micro_batch: int = 16            # rows in one pass; gradients are accumulated over them
     bf16: bool = False               # bf16 arithmetic in the decoder
@@ -447,7 +447,7 @@ def whole_clip(model, path, events, clips, rng, instruct):
     searched, and all that follows it; half of them come with the segments' audio."""
     ask, kinds = "Describe every sound.", list(map(str, rng.permutation(
         list(dict.fromkeys(e["kind"] for e in events)))))
-    if instruct and rng.random() < 0.3:
+    if instruct and rng.random() < 0.4:
         kinds = kinds[:rng.integers(1, len(kinds) + 1)]
         ask = f"Describe {', '.join('the ' + kind for kind in kinds)}."
     said = [text for kind in kinds for text in look_for([e for e in events if e["kind"] == kind])]
