@@ -478,6 +478,7 @@ def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
 # ========================================================= The method ends here; plumbing follows.
 
 torch.backends.mha.set_fastpath_enabled(False)  # its eval-only kernel rounds otherwise: one path
+torch.backends.cuda.enable_cudnn_sdp(False)  # bf16 gradients of NaN (torch 2.11)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

@@ -106,9 +106,9 @@ def measure(questions, responses, categories=()):
             counts[name][0] += q.answer is not None and is_right(r.text, q.answer)
             counts[name][1] += q.answer is not None
     n, segments = len(responses), [s for r in responses for s in r.segments]
-    pairs = [(s, e) for q, r in zip(questions, responses)  # heard, and what the toy's truth asks for
-             for s, e in zip(r.heard_segments, q.row.get("listen_to", []))]
-    heard = sum(len(r.heard_segments) for q, r in zip(questions, responses) if "listen_to" in q.row)
+    searched = [(q, r) for q, r in zip(questions, responses) if "listen_to" in q.row]  # the toy's
+    pairs = [pair for q, r in searched for pair in zip(r.heard_segments, q.row["listen_to"])]
+    heard = sum(len(r.heard_segments) for _, r in searched)
     lengths = [s.end_s - s.start_s for s in segments if s.heard]
     counts |= {"hits": (sum((s.start_s, s.end_s) == segment_of(e) for s, e in pairs), heard),
                "iou": (sum(overlap(s, e) for s, e in pairs), heard),
@@ -251,7 +251,8 @@ def chart(line, width=320, height=130):
     return (f'<svg viewBox="0 0 {width} {height}">'
             f'<polyline points="{at}" fill="none" stroke="{COLOURS[0]}" stroke-width="2"/>'
             f'<text x="{left}" y="{height - 6}">step {x0:g} to {max(xs):g}</text>'
-            f'<text x="4" y="{bottom}">{y0:.3g}</text><text x="4" y="{top + 8}">{y1:.3g}</text></svg>')
+            f'<text x="4" y="{bottom}">{y0:.3g}</text>'
+            f'<text x="4" y="{top + 8}">{y1:.3g}</text></svg>')
 
 
 def response_html(rollout, seconds):

@@ -387,7 +387,8 @@ def test_sampled_rollouts_do_not_depend_on_their_batch(model):
     fresh = [rollouts(short, questions[:1], waves[:1])[0].sample.ids for _ in range(2)]
     assert fresh[0] != fresh[1]  # no seed
     logits, n = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.9]), 4000  # draws against the softmax itself
-    p, rows = logits.softmax(-1), [Rollout(Sample(), None, np.random.default_rng(i)) for i in range(n)]
+    p = logits.softmax(-1)
+    rows = [Rollout(Sample(), None, np.random.default_rng(i)) for i in range(n)]
     tokens, logp = echo.sample_tokens(logits.repeat(n, 1), rows, 1.0)
     shares = torch.bincount(torch.tensor(tokens), minlength=5) / n
     assert ((shares - p).abs() < 5 * (p / n).sqrt() + 1e-3).all()
@@ -668,7 +669,7 @@ def test_questions_by_hand():
 
 @pytest.mark.parametrize("clip_s", [6.0, 24.0])
 def test_the_world_has_no_grid_and_is_searched(clip_s):
-    """What the README says of clips: lengths, cells, candidates, and that a search has to listen."""
+    """What the README says of clips: lengths, cells, and how many looks a search needs."""
     starts, looks = set(), []
     for i in range(40):
         rng = np.random.default_rng([4, i])

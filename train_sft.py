@@ -265,8 +265,8 @@ def tiny_decoder(vocab_size, dim=128, layers=4, heads=4):
             bias[:, 1, :3] = 7.0 * torch.sin(shift * angle[:3])
         predecessor.v_proj.weight.copy_(first)
         predecessor.o_proj.weight.copy_(0.08 * turn @ first.T)
-        # layer 1: q = k on that subspace, in the dims that RoPE hardly turns over a clip's length; in
-        # others, of two heads, constants against near matches: a token would match itself best
+        # layer 1: q = k on that subspace, in the dims that RoPE hardly turns over a clip's length;
+        # constants in others, of two heads, against near matches: a token matches itself best
         slow = (angle < 0.015).repeat(2 * heads)[:, None]
         for projection, sign in ((induction.q_proj, 1), (induction.k_proj, -1)):
             projection.weight *= 0.1
@@ -445,13 +445,16 @@ def whole_clip(model, path, events, clips, rng, instruct):
     """Captions name every sound in RANDOM order: in order of time, where a sound is could be had
     without its name. Instructions name kinds to describe, or one sound, which may have to be
     searched, and all that follows it; half of them come with the segments' audio."""
-    ask, kinds = "Describe every sound.", list(map(str, rng.permutation(
-        list(dict.fromkeys(e["kind"] for e in events)))))
-    if instruct and rng.random() < 0.4:
+    def describe(kinds):
+        looks = [look_for([e for e in events if e["kind"] == kind]) for kind in kinds]
+        return sum(looks, [])
+    kinds = list(map(str, rng.permutation(list(dict.fromkeys(e["kind"] for e in events)))))
+    if not instruct:
+        ask, said = "Describe every sound.", describe(kinds)
+    elif rng.random() < 0.4:
         kinds = kinds[:rng.integers(1, len(kinds) + 1)]
-        ask = f"Describe {', '.join('the ' + kind for kind in kinds)}."
-    said = [text for kind in kinds for text in look_for([e for e in events if e["kind"] == kind])]
-    if instruct and ask == "Describe every sound.":
+        ask, said = f"Describe {', '.join('the ' + kind for kind in kinds)}.", describe(kinds)
+    else:
         category = str(rng.choice(["find", "count_after"]))
         i = pick(category, events, rng)
         ask = f"Describe the {named(category, events[i])} and what comes after it."

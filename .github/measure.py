@@ -108,7 +108,8 @@ def decoding(model, questions, waves):
 def step(policy, reference, questions, waves):
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6)
     how = GRPO(group=8, micro_batch=32 if policy.config.decoder == "tiny" else 8)
-    took = seconds(lambda: grpo_step(policy, reference, optimizer, questions, waves, range(64), how))
+    took = seconds(
+        lambda: grpo_step(policy, reference, optimizer, questions, waves, range(64), how))
     print(f"a GRPO step of 8 x 8: {took:.2f} s")
 
 
