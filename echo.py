@@ -18,7 +18,7 @@ RL, teaches to gain from what the tags bring. Each is a loop around one function
 
     prompt = policy.prompt(policy.hear([wave], first_listen=True)[0], question, choices)
     sft_loss(policy, [policy.add_response(prompt, chain), ...]).backward()
-    optimizer_step(optimizer)                      # of the parameters that require a gradient
+    optimizer_step(optimizer)                      # optimizer: of what requires a gradient
 
     reference = copy.deepcopy(policy).requires_grad_(False)        # the SFT policy, once
     grpo_step(policy, reference, optimizer, questions, waves, seeds, GRPO())
@@ -195,7 +195,7 @@ class Echo(nn.Module):
         return sample.add(self.ids(f" {question}\n"))
 
     def add_response(self, sample, text):
-        """Append a whole response to learn, with eos."""
+        """Append to the prompt, in place, a whole response to learn, with eos."""
         return sample.add(self.ids(text) + [self.tokenizer.eos_token_id], trained=True)
 
     def embed(self, samples, since=None):
@@ -213,8 +213,8 @@ class Echo(nn.Module):
 
     def hidden(self, x, mask, cache=None):
         """(B, T, D) embeddings -> last hidden states; `mask` (B, cached + T) marks the real tokens.
-        They have positions 0, 1, 2, ..., text and audio alike, which RoPE needs for their order,
-        also within a segment; causality is the order of the columns."""
+        They have positions 0, 1, 2, ..., text and audio alike (mask 0 1 1 0 1: 0 0 1 1 2), which
+        RoPE needs for their order, also in a segment; causality is the order of the columns."""
         position = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1]:]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return self.decoder.model(
@@ -238,7 +238,7 @@ class Echo(nn.Module):
 
 def sft_loss(model, samples, n_tokens=None):
     """Stage 1: the mean of -log p over the trained tokens. n_tokens: how many the whole batch has,
-    if these samples are a micro-batch of it."""
+    on all processes, if these samples are a part of it."""
     logp = model(samples)
     return -logp.sum() / (n_tokens or len(logp))
 
@@ -251,7 +251,7 @@ class Rollout:
     wave: torch.Tensor          # the original clip, (N,)
     draws: np.random.Generator  # this row's own: it does not depend on its neighbours
     text: str = ""              # the sampled text, without eos
-    logprobs: list = field(default_factory=list)  # of the sampled ids, at the rollout's temperature
+    logprobs: list = field(default_factory=list)  # of the sampled ids, as sampled: for metrics
     segments: list = field(default_factory=list)  # a Segment for each </seg>
     waiting: bool = False       # for the audio of its last segment
     ended: str | None = None    # "eos", "length", or "prompt too long", then without a response
@@ -274,15 +274,15 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
     the waveform that is heard, or None to reason in text; temperature 0 is greedy; seeds: a number
     or a tuple of them for each response; None draws afresh. Returns Rollouts."""
     rows = []
-    room = model.decoder.config.max_position_embeddings // 2  # 8 segments of 30 s: 6,000 tokens
+    room = model.decoder.config.max_position_embeddings // 2  # the rest: for the response
     for k, features in enumerate(model.hear(waves, first_listen=True)):
         prompt = model.prompt(features, questions[k].question, questions[k].choices)
         draws = np.random.default_rng(seeds[k] if seeds else None)
         rows.append(Rollout(prompt, waves[k], draws))
         if len(prompt.ids) > room:
             rows[k].ended = "prompt too long"
-    # Disabled, it only holds open the cache of autocast, in hidden(): the weights are cast to bf16
-    # once, not at every token.
+    # autocast, in hidden(), drops its bf16 copies of the weights when the outermost context ends:
+    # this one, itself off, keeps them from token to token.
     with torch.autocast(model.device.type, enabled=False):
         decode(model, [row for row in rows if not row.ended], listen, temperature)
     for row in rows:  # again from all ids: a letter beyond ASCII may have been cut between tokens
@@ -292,11 +292,12 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
 
 
 def decode(model, rows, listen, temperature):
-    """Write the responses of a batch in one KV cache. Each pass adds the same number of columns to
-    every row, and rows with less to add are padded on the left. A row adds one token, but 25 for a
-    second of audio; so one that closes a segment waits, until as many rows wait as run, and their
-    audio is added in one pass: one by one it would pad all rows each time. Waiting for the last
-    row would idle most. A row that waits, or has ended, adds padding alone."""
+    """Write the responses of a batch in one KV cache. A row runs, waits for audio, or has ended. A
+    pass feeds each running row what the cache lacks of it; all rows grow by the same number of
+    columns, and what a row does not need of them is padding that the mask hides. A running row adds
+    one token, but 25 for a second of audio: alone, it would pad all others by 25. So a row that
+    closes a segment waits, until as many rows wait as run; then one pass adds the audio of all.
+    Waiting for the last row would idle most."""
     cache = transformers.DynamicCache(config=model.decoder.config)
     mask = torch.zeros(len(rows), 0, dtype=torch.long, device=model.device)
     while not all(row.ended for row in rows):
@@ -310,7 +311,7 @@ def decode(model, rows, listen, temperature):
         hidden = model.hidden(x, mask, cache)[torch.tensor(runs), -1]            # (running, D)
         tokens, logprobs = sample_tokens(model.logits(hidden), running, temperature)
         for row, token, logp in zip(running, tokens, logprobs):
-            row.cached = len(row.sample.ids)  # all but the id that comes now
+            row.cached = len(row.sample.ids)  # without the id that is appended now
             add_token(model, row, token, logp, listen)
         waiting = [row for row in rows if row.waiting]
         if 2 * len(waiting) >= sum(not row.ended for row in rows):  # so, too, if none runs
@@ -325,7 +326,7 @@ def add_token(model, row, token, logp, listen):
     if token in model.eos_ids:
         row.ended = "eos"
         return
-    row.text += model.piece(token)
+    row.text += model.piece(token)  # until rollouts() decodes all ids at once
     if len(row.logprobs) >= model.config.max_new_tokens:
         row.ended = "length"
     pairs = split_segments(row.text)[0]
@@ -495,7 +496,7 @@ def same_answer(a, b):
 
 def sample_tokens(logits, rows, temperature):
     """The next token of each row and its log-prob: two lists. logits: (rows, V). Sampled by the
-    inverse of the cumulated probabilities: one draw, where torch.multinomial takes one an id."""
+    inverse of the cumulated probabilities: one random number a row, so that it has its own."""
     logp = (logits / (temperature or 1.0)).log_softmax(-1)
     if not logp.isfinite().any(-1).all():
         raise EchoError("the model's logits are not numbers; its training went wrong")

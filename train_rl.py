@@ -34,7 +34,7 @@ class Settings(GRPO):
     out: str = "runs/rl"        # folder for the log, the save and the model
     listen: Literal["segment", "nothing", "silence", "elsewhere"] = "segment"  # what is heard at a
                                 # tag; nothing: text reasoning; the last two are controls
-    steps: int = 60             # the paper: one epoch of 21.9k rows
+    steps: int = 80             # the paper: one epoch of 21.9k rows
     questions: int = 8          # prompts a step; the paper: 64
     lr: float = 1e-4            # the paper: 1e-6, for 7 billion parameters
     projector_rate: float = 1.0  # the projector's learning rate, as a factor

@@ -51,9 +51,9 @@ class Settings:
     base_instructions: int = 1250    # steps
     base_batch: int = 8
     base_lr: float = 1e-3
-    sft_steps: int = 150             # the paper: one epoch of 75.9k rows
+    sft_steps: int = 250             # the paper: one epoch of 75.9k rows
     sft_batch: int = 16
-    sft_lr: float = 5e-4             # the paper: 5e-6, for 7 billion parameters
+    sft_lr: float = 7e-4             # the paper: 5e-6, for 7 billion parameters
     projector_rate: float = 1.0      # the projector's learning rate, as a factor
     micro_batch: int = 16            # rows in one pass; gradients are accumulated over them
     bf16: bool = False               # bf16 arithmetic in the decoder
