@@ -163,7 +163,7 @@ def use(model, settings):
         questions = read_questions(settings.benchmark, settings.audio_root, needs=())
     elif not settings.clip:
         toy = read_questions("data/test.jsonl")
-        questions = [q for q in toy if q.category == "count_after"][:1]
+        questions = [q for q in toy if q.category == "find"][:1]
     elif not settings.question:
         raise EchoError("--clip: needs --question, and perhaps --choices a b c d")
     responses = answer(model, questions, LISTEN[settings.listen], settings.temperature,
