@@ -393,6 +393,7 @@ def test_sampled_rollouts_do_not_depend_on_their_batch(model):
     shares = torch.bincount(torch.tensor(tokens), minlength=5) / n
     assert ((shares - p).abs() < 5 * (p / n).sqrt() + 1e-3).all()
     assert logp == pytest.approx(p.log()[tokens].tolist(), abs=1e-5)
+    assert "not numbers" in error_of(echo.sample_tokens, logits[None] * math.nan, rows[:1], 1.0)
 
 
 def test_greedy_equals_transformers_generate(model):
@@ -511,7 +512,6 @@ def test_flat_groups_teach_nothing_and_bad_gradients_end(model, write):
                                    range(4), GRPO(group=2))
     assert [r.ended for r in responses] == ["eos"] * 2 + ["prompt too long"] * 2
     assert responses[2].text == "" and not responses[2].logprobs
-    assert "not numbers" in error_of(echo.sample_tokens, torch.full((1, 5), math.nan), [None], 1.0)
     policy.projector.weight.grad = torch.full_like(policy.projector.weight, math.nan)
     assert "lower learning rate" in error_of(echo.optimizer_step, sgd(policy))
 
@@ -694,7 +694,7 @@ def test_same_seed_same_bytes_and_no_shared_clips(data, tmp_path):
     assert not train & {p.read_bytes() for p in (data / "audio/test").iterdir()}
     sft, rl, test = (read_rows(data / f"{name}.jsonl") for name in ("sft", "rl", "test"))
     assert set(rl[0]) == {"id", "audio_path", "question", "multi_choice", "answer"}
-    assert set(sft[0]) == set(rl[0]) | {"cot"} and set(test[0]) == set(rl[0]) | {"category"}
+    assert set(sft[0]) == set(rl[0]) | {"cot"} and set(test[0]) == set(rl[0]) | {"category", "listen_to"}
 
 
 def test_recorded_sounds(tmp_path):
