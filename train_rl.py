@@ -3,10 +3,9 @@
     python train_rl.py                                     # D, interleaved -> runs/rl
     python train_rl.py --listen nothing --out runs/rl-text # B', the text-only control, same steps
 
-2 to 3 minutes on two CPU cores. A step is echo.grpo_step: `questions` prompts, `group` responses to
-each, rewards, advantages within each group, and updates of the clipped objective with a k3 KL to
-the frozen SFT policy. Left out: a value function (GRPO has none), epochs over the same rollouts,
-length filters.
+A step is echo.grpo_step: `questions` prompts, `group` responses to each, rewards, advantages within
+each group, and updates of the clipped objective with a k3 KL to the frozen SFT policy. Left out: a
+value function (GRPO has none), epochs over the same rollouts, length filters.
 """
 # SPDX-License-Identifier: MIT
 import copy

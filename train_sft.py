@@ -1,6 +1,6 @@
 """Stage 1 of Echo, and before it a stand-in for the pretrained audio model that it starts from.
 
-    python train_sft.py                                     # 2 to 4 minutes on two CPU cores
+    python train_sft.py                                     # from data/ to runs/sft
     python train_sft.py --decoder DIR --out runs/qwen       # a pretrained Qwen2 as the decoder
 
 encoder   sound-event detector, from nothing; then frozen for good                  runs/encoder
