@@ -377,7 +377,7 @@ def run():
     for fault in ("intact", *QA_FAULTS, *COT_FAULTS):
         print(f"{fault:<18}" + "".join(f"{verdicts[fault, verdict]:>14}" for verdict in sets))
     print(f"\ntest: {len(test)} questions on {len(test_clips)} clips of their own. A row:\n"
-          f"{json.dumps(sets['sft'][0], indent=2)}")
+          f"{json.dumps((sets['sft'] + test)[0], indent=2)}")
 
 
 # ==================================================================================================
