@@ -383,7 +383,7 @@ def train_encoder(detector, training, described, settings):
             parts["first_loss"] = whole, shortest_s, THUMBNAIL_RATE, 4
         metrics = {}
         for name, (places, length_s, rate, batch) in parts.items():
-            n, mine, pieces, labels = math.ceil(length_s * rate - 1e-6), [], [], []
+            n, pieces, labels = math.ceil(length_s * rate - 1e-6), [], []
             mine = range(batch)[training.rank::training.world]
             for k in mine:
                 rng = np.random.default_rng([settings.seed, step, k])

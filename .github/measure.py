@@ -113,7 +113,7 @@ def step(policy, reference, questions, waves):
     print(f"a GRPO step of 8 x 8: {took:.2f} s")
 
 
-def chain(model, q, waves, listen=True):
+def chain(model, q, waves):
     """The prompt of a question to find, and the true chain up to its last look, with the audio;
     and where it has to be decided whether to go on: [(index of the id, go on?), ...]."""
     wave, looks = waves[q.path], q.row["listen_to"]
@@ -124,8 +124,7 @@ def chain(model, q, waves, listen=True):
         if k:
             decisions.append((len(sample.ids), k < len(looks) - 1))
         sample.add(model.ids((" " if k else "<think>") + before + tag))
-        if listen:
-            sample.add_audio(model.hear([cut(wave, Segment("", *segment_of(looks[k])))])[0])
+        sample.add_audio(model.hear([cut(wave, Segment("", *segment_of(looks[k])))])[0])
         if k < len(looks) - 1:
             sample.add(model.ids(after))
     return sample, decisions
