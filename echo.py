@@ -394,7 +394,7 @@ class GRPO:
     mini_batches: int = 2       # updates a step, as in the paper: 64 questions, 32 in each
     clip_ratio: float = 0.2     # as in the paper
     kl_weight: float = 0.04     # of k3 against the SFT policy, as in the paper
-    micro_batch: int = 32       # responses in one pass; gradients are accumulated over them
+    micro_batch: int = 8        # responses in one pass; gradients are accumulated over them
 
 
 def group_advantages(rewards, eps=1e-4):
@@ -478,7 +478,6 @@ def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
 
 # ========================================================= The method ends here; plumbing follows.
 
-torch.backends.mha.set_fastpath_enabled(False)  # its eval-only kernel rounds otherwise: one path
 torch.backends.cuda.enable_cudnn_sdp(False)  # bf16 gradients of NaN (torch 2.11)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -549,23 +548,22 @@ def sum_over_processes(number):
 # for each begun 40 ms, or half second of a thumbnail.
 
 class SmallEncoder(nn.Module):
-    """Log-mel, two strided convolutions (100 frames a second -> 25 tokens), transformer layers. A
-    thumbnail averages mel POWER over half a second before the encoder sees it, one token for each
-    average: what changes within one can't be read from it."""
+    """Log-mel, two strided convolutions (100 frames a second -> 25 tokens), and a recurrent network
+    in both directions, which counts better than attention. A thumbnail averages mel POWER over half
+    a second before the encoder sees it, one token for each average: what changes within one can't
+    be read from it."""
     HOP = 160      # samples, 10 ms
     WINDOW = 400   # samples, 25 ms
 
-    def __init__(self, dim=96, layers=2, heads=4, n_mels=40):
+    def __init__(self, dim=96, layers=2, n_mels=40):
         super().__init__()
         self.dim = dim
         self.mel = torchaudio.transforms.MelSpectrogram(
             SAMPLE_RATE, self.WINDOW, hop_length=self.HOP, n_mels=n_mels, center=False)
         self.conv1 = nn.Conv1d(n_mels, dim, 3, stride=2, padding=1)
         self.conv2 = nn.Conv1d(dim, dim, 3, stride=2, padding=1)
-        layer = nn.TransformerEncoderLayer(dim, heads, 2 * dim, dropout=0.0, activation=F.gelu,
-                                           batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(dim),
-                                            enable_nested_tensor=False)
+        self.gru = nn.GRU(dim, dim // 2, layers, batch_first=True, bidirectional=True)
+        self.norm = nn.LayerNorm(dim)
 
     def forward(self, waves, thumbnail):
         n_frames = math.ceil(waves.shape[1] / self.HOP)                # each centred on its hop
@@ -577,9 +575,7 @@ class SmallEncoder(nn.Module):
             power = power.repeat_interleave(4, dim=2)                  # 4 frames make one token
         x = power.clamp_min(1e-6).log10() + 2                          # about centred on 0
         x = F.gelu(self.conv2(F.gelu(self.conv1(x)))).transpose(1, 2)  # (B, n, dim)
-        rate = 10_000 ** (-torch.arange(0, self.dim, 2, device=x.device) / self.dim)
-        angle = torch.arange(x.shape[1], device=x.device)[:, None] * rate
-        return self.layers(x + torch.cat([angle.sin(), angle.cos()], dim=1))
+        return self.norm(self.gru(x)[0])
 
 
 class WhisperEncoder(nn.Module):

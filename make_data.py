@@ -44,7 +44,7 @@ CELL_S = 0.5  # of the thumbnail: it says in which cells a sound is, not how man
 @dataclass
 class Settings:
     out: str = "data"         # folder to write
-    train_clips: int = 2400   # one row of each category per clip
+    train_clips: int = 1200   # one row of each category per clip
     test_clips: int = 200
     clip_s: float = 6.0       # length of a clip, in whole cells of half a second
     seed: int = 0             # same seed, same bytes
@@ -273,7 +273,7 @@ COT_FAULTS = {"shift_segment": r"<seg>(\d.\d)", "no_segment": r"(<seg>\S+ \S+ )"
               "contradict": r"<answer>(.+)</answer>", "skip_one": r"(I look for .+?\. )I",
               "stop_early": r"( I look for the next [^>]+>[^>]+> [^.]+\.) Right"}
 QA_FAULT_SHARE = 0.06   # of the rows
-COT_FAULT_SHARE = 0.22  # the paper's RL and SFT sets are as 22 to 76
+COT_FAULT_SHARE = 0.11  # of the looks: the paper's RL and SFT sets are as 22 to 76
 
 
 def plant(fault, row, kinds, rng):
@@ -333,7 +333,7 @@ def make_rows(clips, kinds, seed, qa_faults=0.0, cot_faults=0.0):
             draw, fault, faults = rng.random(), "intact", {}
             if draw < qa_faults:
                 faults = QA_FAULTS
-            elif draw < qa_faults + cot_faults:
+            elif draw < qa_faults + cot_faults * row["cot"].count("<seg>"):
                 faults = COT_FAULTS
             possible = [f for f in faults if re.search(faults[f], json.dumps(row))]
             if possible:

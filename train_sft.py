@@ -46,7 +46,7 @@ class Settings:
     decoder: str = "tiny"            # or a Qwen2 checkpoint: a name or a local folder
     encoder: str = "small"           # or a Whisper checkpoint: a name or a local folder
     thumbnail: bool = True           # --no-thumbnail: the first listen is at the full rate
-    encoder_steps: int = 1000        # of 32 segments and 4 whole clips
+    encoder_steps: int = 800         # of 32 segments and 4 whole clips
     base_captions: int = 250         # steps
     base_instructions: int = 1250    # steps
     base_batch: int = 8
@@ -55,7 +55,7 @@ class Settings:
     sft_batch: int = 16
     sft_lr: float = 5e-4             # the paper: 5e-6, for 7 billion parameters
     projector_rate: float = 1.0      # the projector's learning rate, as a factor
-    micro_batch: int = 16            # rows in one pass; gradients are accumulated over them
+    micro_batch: int = 4             # rows in one pass; gradients are accumulated over them
     bf16: bool = False               # bf16 arithmetic in the decoder
     seed: int = 0                    # of the weights and of every draw
     device: str = "auto"             # cuda if there is one, else cpu
@@ -92,7 +92,8 @@ def train_sft(model, training, settings):
 def fit(model, training, samples, lr, micro_batch):
     """One update on the rows of all processes."""
     n_tokens, total = sum_over_processes(sum(sum(s.trained) for s in samples)), 0.0
-    for some in batches(samples, micro_batch):
+    alike = sorted(samples, key=lambda sample: len(sample.ids))  # in length: less padding
+    for some in batches(alike, micro_batch):
         loss = sft_loss(model, some, n_tokens)
         loss.backward()
         total += loss.item()
@@ -368,6 +369,7 @@ class Detector(nn.Module):
 
 def train_encoder(detector, training, described, settings):
     """Each step: segments of one length at the full rate, and thumbnails of whole clips."""
+    detector.train()  # nothing drops out, but cuDNN's GRU asks for it
     waves = [load_audio(path) for path, _ in tqdm(described, "reading clips")]
     shortest_s = min(map(len, waves)) / SAMPLE_RATE
     whole, segments = [(i, 0.0) for i in range(len(waves))], {}  # (clip, start_s); by length_s
@@ -394,7 +396,7 @@ def train_encoder(detector, training, described, settings):
             loss = detector(pieces, labels, rate == THUMBNAIL_RATE) * len(mine) / batch
             loss.backward()
             metrics[name] = sum_over_processes(loss.item())
-        training.set_lr(3e-3 * linear_schedule(step, settings.encoder_steps, WARMUP))
+        training.set_lr(4e-3 * linear_schedule(step, settings.encoder_steps, WARMUP))
         optimizer_step(training.optimizer)
         training.step += 1
         training.log(metrics, show=parts, every=25)
