@@ -29,7 +29,7 @@ import torch
 import torchaudio
 from tqdm import tqdm
 
-from echo import SAMPLE_RATE, EchoError, main, parse_settings, same_answer, split_segments
+from echo import SAMPLE_RATE, EchoError, main, parse_settings, same_answer
 
 SYNTHETIC = ("hum", "rumble", "buzz", "tone", "chirp", "bell", "whistle", "hiss")
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}  # pulses in a sound: the detail
@@ -238,31 +238,26 @@ def pick(category, events, rng):
 
 
 def question_about(category, events, i):
-    """The question of a category about event i: its text, its answer, and a grounded chain."""
-    steps, target = look_for(search(events, i)), events[i]
+    """The question of a category about event i, its answer, a grounded chain, and the events that
+    the chain listens to; keys as in published rows."""
+    looks = search(events, i)
+    steps, target = look_for(looks), events[i]
     if category != "count":
         target = events[i + 1]
-        steps.append(then_comes(target))
+        looks, steps = looks + [target], steps + [then_comes(target)]
     answer = target["kind"] if category == "order" else NUMBERS[target["pulses"]]
-    return (QUESTIONS[category].format(named(category, events[i])), answer,
-            f"<think>{' '.join(steps)}</think><answer>{answer}</answer>")
-
-
-def all_questions(events):
-    """Everything that can be asked about a clip: {question: (answer, chain)}."""
-    asked = [question_about(category, events, i) for category in QUESTIONS
-             for i in range(len(events)) if can_ask(category, events, i)]
-    return {question: (answer, cot) for question, answer, cot in asked}
+    return {"question": QUESTIONS[category].format(named(category, events[i])), "answer": answer,
+            "cot": f"<think>{' '.join(steps)}</think><answer>{answer}</answer>", "listen_to": looks}
 
 
 def write_row(category, events, rng, kinds=SYNTHETIC):
-    """Question, four choices, answer and grounded chain for a clip; keys as in published rows."""
+    """A question of a category about a clip, and four choices."""
     i = pick(category, events, rng)
-    question, answer, cot = question_about(category, events, i)
+    row = question_about(category, events, i)
     pool = kinds if category == "order" else NUMBERS.values()
-    wrong = rng.choice([x for x in pool if x not in (answer, events[i]["kind"])], 3, replace=False)
-    choices = [str(c) for c in rng.permutation([answer, *wrong])]
-    return {"question": question, "multi_choice": choices, "answer": answer, "cot": cot}
+    wrong = [x for x in pool if x not in (row["answer"], events[i]["kind"])]
+    choices = rng.permutation([row["answer"], *rng.choice(wrong, 3, replace=False)])
+    return {"question": row["question"], "multi_choice": list(map(str, choices))} | row
 
 
 # ---------------------------------------------------------------------------------- planted faults
@@ -293,16 +288,17 @@ def plant(fault, row, kinds, rng):
 def judge(row, events):
     """[QA valid] and [CoT valid]: which set a row belongs to, and what is wrong with it. The truth
     is rebuilt from the events: every question that the clip can answer, with answer and chain."""
-    answer, cot = all_questions(events).get(row["question"], (None, None))
-    choices = row["multi_choice"]
-    if not answer:
+    asked = [question_about(category, events, i) for category in QUESTIONS
+             for i in range(len(events)) if can_ask(category, events, i)]
+    truth = next((true for true in asked if true["question"] == row["question"]), None)
+    if not truth:
         return "discarded", "the question has no known form, or no answer in this clip"
-    if len(set(choices)) != 4 or answer not in choices:
-        return "discarded", f"not four different choices with the truth, {answer}"
-    if row["answer"] != answer:
-        return "discarded", f"the answer is {row['answer']}, the truth {answer}"
-    if row["cot"] != cot:
-        return "rl", f"the chain is not the true one, {cot}"
+    if len(set(row["multi_choice"])) != 4 or truth["answer"] not in row["multi_choice"]:
+        return "discarded", f"not four different choices with the truth, {truth['answer']}"
+    if row["answer"] != truth["answer"]:
+        return "discarded", f"the answer is {row['answer']}, the truth {truth['answer']}"
+    if row["cot"] != truth["cot"]:
+        return "rl", f"the chain is not the true one, {truth['cot']}"
     return "sft", ""
 
 
@@ -343,13 +339,6 @@ def make_rows(clips, kinds, seed, qa_faults=0.0, cot_faults=0.0):
     return rows
 
 
-def path(row, events):
-    """The events that a row's chain points at."""
-    pairs, _ = split_segments(row["cot"])
-    return [e for _, times in pairs for e in events
-            if segment_of(e) == tuple(map(float, times.split(",")))]
-
-
 def without(row, *keys):
     return {k: v for k, v in row.items() if k not in keys}
 
@@ -363,12 +352,11 @@ def run():
     kinds, seed = sorted(sounds[0] or SYNTHETIC), settings.seed
     clips = make_clips(settings, "train", settings.train_clips, sounds[0])
     test_clips = make_clips(settings, "test", settings.test_clips, sounds[1])
-    test = [without(row, "cot") | {"listen_to": path(row, clip["A4_events"])}
-            for row, clip, _ in make_rows(test_clips, kinds, [seed, 3])]
+    test = [without(row, "cot") for row, _, _ in make_rows(test_clips, kinds, [seed, 3])]
     sets, verdicts = {"sft": [], "rl": [], "discarded": []}, Counter()
     for row, clip, fault in make_rows(clips, kinds, [seed, 2], QA_FAULT_SHARE, COT_FAULT_SHARE):
         verdict, wrong = judge(row, clip["A4_events"])
-        row = without(row, "category", "cot" if verdict == "rl" else "")
+        row = without(row, "category", "listen_to", "cot" if verdict == "rl" else "")
         sets[verdict].append(row | {"reason": wrong} if verdict == "discarded" else row)
         verdicts[fault, verdict] += 1
     for name, items in {"clips": clips, **sets, "test": test}.items():
