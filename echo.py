@@ -28,7 +28,6 @@ decoding, rewards, GRPO; the method ends there. Helpers, encoders, saving and fl
 """
 # SPDX-License-Identifier: MIT
 import dataclasses
-import functools
 import hashlib
 import inspect
 import json
@@ -80,7 +79,8 @@ class Segment:
     reason: str | None = None
 
 
-TIMES = re.compile(",".join([r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*"] * 2))  # 2, 2.5   .5,3
+NUMBER = r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*"
+TIMES = re.compile(f"{NUMBER},{NUMBER}")  # 2, 2.5   .5,3
 
 
 def split_segments(text):
@@ -124,17 +124,29 @@ class Sample:
     ids: list = field(default_factory=list)       # token ids, AUDIO for each audio token
     trained: list = field(default_factory=list)   # has this id a loss? In a rollout: what was
                                                   # sampled; never AUDIO
-    audio: list = field(default_factory=list)     # features (encoder dim,) of each AUDIO, in order
+    audio: list = field(default_factory=list)     # features (encoder dim,) where the id is AUDIO,
+                                                  # else None
 
-    def add(self, ids, trained=False):
+    def add(self, ids, trained=False, audio=None):
         self.ids += ids
         self.trained += [trained] * len(ids)
+        self.audio += audio or [None] * len(ids)
         return self
 
     def add_audio(self, features):
         """Append an audio token for each row of `features` (n, encoder dim)."""
-        self.audio += list(features)
-        return self.add([AUDIO] * len(features))
+        return self.add([AUDIO] * len(features), audio=list(features))
+
+    @property
+    def sampled(self):
+        """The ids of a rollout without its prompt and without audio."""
+        return [i for i, trained in zip(self.ids, self.trained) if trained]
+
+
+def pad_left(rows, device):
+    """Lists of numbers -> (B, T), the shorter ones with zeros on the left."""
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_side="left").to(device)
 
 
 # ====================================================================================== 3 the model
@@ -152,10 +164,9 @@ class Echo(nn.Module):
         self.encoder.requires_grad_(False)
         for table in (decoder.get_input_embeddings(), decoder.get_output_embeddings()):
             table.requires_grad_(config.decoder == "tiny")
-        self.piece = functools.cache(lambda token: tokenizer.decode([token]))  # a token's text
-        stop = decoder.generation_config.eos_token_id
-        stop = stop if isinstance(stop, list) else [stop]
-        self.eos_ids = {tokenizer.eos_token_id, *stop} - {None}
+        stop = decoder.generation_config.eos_token_id  # a number, several, or None
+        self.eos_ids = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])}
+        self.eos_ids.discard(None)
         self.eval()  # for good: nothing drops out, in training neither
 
     @property
@@ -184,7 +195,8 @@ class Echo(nn.Module):
         features: (n, encoder dim) of the first listen; [] for a question without a clip. Each token
         is followed by the time at which it starts, at the full rate the first of each second."""
         sample = Sample()
-        rate, every = (THUMBNAIL_RATE, 1) if self.config.thumbnail else (TOKENS_PER_SECOND,) * 2
+        rate = THUMBNAIL_RATE if self.config.thumbnail else TOKENS_PER_SECOND
+        every = 1 if self.config.thumbnail else rate
         for i in range(len(features)):
             sample.add_audio(features[i:i + 1])
             if i % every == 0:
@@ -201,10 +213,9 @@ class Echo(nn.Module):
     def embed(self, samples, since=None):
         """Each sample from index `since` on, its ids embedded, its audio projected, padded on the
         left, so that the last column is each row's newest: x (B, T, D), mask (B, T)."""
-        new = [s.ids[start:] for s, start in zip(samples, since or [0] * len(samples))]
-        audio = []
-        for s, ids in zip(samples, new):
-            audio += s.audio[len(s.audio) - ids.count(AUDIO):]  # of the last ids: the last ones
+        since = since or [0] * len(samples)
+        new = [s.ids[start:] for s, start in zip(samples, since)]
+        audio = [a for s, start in zip(samples, since) for a in s.audio[start:] if a is not None]
         ids = pad_left(new, self.device)
         x = self.decoder.get_input_embeddings()(ids.clamp_min(0))
         if audio:
@@ -213,13 +224,14 @@ class Echo(nn.Module):
 
     def hidden(self, x, mask, cache=None):
         """(B, T, D) embeddings -> last hidden states; `mask` (B, cached + T) marks the real tokens.
-        They have positions 0, 1, 2, ..., text and audio alike (mask 0 1 1 0 1: 0 0 1 1 2), which
-        RoPE needs for their order, also in a segment; causality is the order of the columns."""
+        They have positions 0, 1, 2, ..., text and audio alike; padding takes none: mask 0 1 1 0 1,
+        positions 0 0 1 1 2. RoPE needs them for the order, also within a segment; what comes later
+        than what is known from the columns."""
         position = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1]:]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return self.decoder.model(
                 inputs_embeds=x, attention_mask=mask, position_ids=position,
-                cache=cache,  # past_key_values, before transformers 5.24
+                cache=cache,  # named past_key_values before transformers 5.24
                 use_cache=cache is not None).last_hidden_state
 
     def logits(self, hidden):
@@ -281,41 +293,49 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
         rows.append(Rollout(prompt, waves[k], draws))
         if len(prompt.ids) > room:
             rows[k].ended = "prompt too long"
-    # autocast, in hidden(), drops its bf16 copies of the weights when the outermost context ends:
-    # this one, itself off, keeps them from token to token.
-    with torch.autocast(model.device.type, enabled=False):
+    with keep_bf16_weights(model.device):
         decode(model, [row for row in rows if not row.ended], listen, temperature)
-    for row in rows:  # again from all ids: a letter beyond ASCII may have been cut between tokens
-        ids = [i for i, sampled in zip(row.sample.ids, row.sample.trained) if sampled]
-        row.text = model.tokenizer.decode([i for i in ids if i not in model.eos_ids])
     return rows
 
 
 def decode(model, rows, listen, temperature):
     """Write the responses of a batch in one KV cache. A row runs, waits for audio, or has ended. A
-    pass feeds each running row what the cache lacks of it; all rows grow by the same number of
-    columns, and what a row does not need of them is padding that the mask hides. A running row adds
-    one token, but 25 for a second of audio: alone, it would pad all others by 25. So a row that
-    closes a segment waits, until as many rows wait as run; then one pass adds the audio of all.
-    Waiting for the last row would idle most."""
+    pass feeds what the cache lacks of each row: first its prompt, then the id sampled last or the
+    audio that it waited for. All rows grow by the same number of columns, so that 25 audio tokens
+    for one are 25 columns of padding for the others: rows wait until half of the unfinished ones
+    do. Waiting for the last row would idle most."""
     cache = transformers.DynamicCache(config=model.decoder.config)
     mask = torch.zeros(len(rows), 0, dtype=torch.long, device=model.device)
     while not all(row.ended for row in rows):
-        runs = [not row.waiting and not row.ended for row in rows]  # some row always does
-        running = [row for row, run in zip(rows, runs) if run]
-        # What the cache lacks of a running row: first its prompt, then the id that it sampled last,
-        # and the audio behind that id if it has just listened. Of another row: nothing.
-        since = [row.cached if run else len(row.sample.ids) for row, run in zip(rows, runs)]
-        x, new = model.embed([row.sample for row in rows], since)
+        x, new = model.embed([row.sample for row in rows], [row.cached for row in rows])
         mask = torch.cat([mask, new], 1)
-        hidden = model.hidden(x, mask, cache)[torch.tensor(runs), -1]            # (running, D)
-        tokens, logprobs = sample_tokens(model.logits(hidden), running, temperature)
+        hidden = model.hidden(x, mask, cache)[:, -1]                             # (rows, D)
+        for row in rows:
+            row.cached = len(row.sample.ids)
+        runs = [k for k, row in enumerate(rows) if not row.waiting and not row.ended]
+        running = [rows[k] for k in runs]  # some row always does
+        tokens, logprobs = sample_tokens(model.logits(hidden[runs]), running, temperature)
         for row, token, logp in zip(running, tokens, logprobs):
-            row.cached = len(row.sample.ids)  # without the id that is appended now
             add_token(model, row, token, logp, listen)
         waiting = [row for row in rows if row.waiting]
         if 2 * len(waiting) >= sum(not row.ended for row in rows):  # so, too, if none runs
             listen_again(model, waiting, listen)
+
+
+def sample_tokens(logits, rows, temperature):
+    """The next token of each row and its log-prob: two lists. logits: (rows, V). Sampled by the
+    inverse of the cumulated probabilities: one random number a row, so that it has its own."""
+    logp = (logits / (temperature or 1.0)).log_softmax(-1)
+    if not logp.isfinite().any(-1).all():
+        raise EchoError("the model's logits are not numbers; its training went wrong")
+    if temperature:
+        total = logp.exp().cumsum(-1)
+        draw = torch.tensor([[row.draws.random()] for row in rows]).to(total)
+        token = torch.searchsorted(total, draw * total[:, -1:], right=True)
+        token = token.clamp_max(logp.shape[1] - 1)
+    else:
+        token = logp.argmax(-1, keepdim=True)
+    return token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist()
 
 
 def add_token(model, row, token, logp, listen):
@@ -326,7 +346,7 @@ def add_token(model, row, token, logp, listen):
     if token in model.eos_ids:
         row.ended = "eos"
         return
-    row.text += model.piece(token)  # until rollouts() decodes all ids at once
+    row.text = model.tokenizer.decode(row.sample.sampled)  # all at once: a letter may be cut
     if len(row.logprobs) >= model.config.max_new_tokens:
         row.ended = "length"
     pairs = split_segments(row.text)[0]
@@ -372,8 +392,8 @@ def format_reward(text):
 def consistency_reward(text):
     """-0.1 for every </seg> followed by a capital or a tag (the paper), or by no word before the
     next tag (here); at least -0.5."""
-    after = [part.strip() for part in text.split("</seg>")[1:]]
-    broken_off = sum(not re.match(r"[^<]*\w", part) or part[0].isupper() for part in after)
+    after = [part.split("<")[0].strip() for part in text.split("</seg>")[1:]]
+    broken_off = sum(not re.search(r"\w", said) or said[0].isupper() for said in after)
     return max(-0.5, -0.1 * broken_off)
 
 
@@ -437,41 +457,36 @@ def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, liste
 def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
     """`grpo.mini_batches` updates on the responses of one step. advantages: (responses,). What was
     sampled is trained: ids are never tokenised again, inserted audio has no loss, eos does. Old
-    log-probs come from the same forward as in the update: sampling has other kernels, which round
+    log-probs are computed as in the update: cached decoding has other kernels, which round
     otherwise, in bf16 too far (logp_gap). Returns means over the tokens that had a part."""
-    samples = [r.sample for r in responses]
+    def logp_of(model, some):
+        return model([responses[i].sample for i in some], grpo.temperature)
+
     updates = []
     for indices in np.array_split(np.arange(len(responses)), grpo.mini_batches):
         # Without an advantage, as in a flat group, a response would add its KL alone. Left out, a
         # step of the toy is 1.8 times as fast.
         taught = [i for i in indices if abs(advantages[i]) > 1e-3]
-        micro_batches = []
-        for some in batches(taught, grpo.micro_batch):
-            old_logp = None  # with one mini-batch: those of the update itself
-            if grpo.mini_batches > 1:
-                with torch.no_grad():
-                    old_logp = policy([samples[i] for i in some], grpo.temperature)
-            micro_batches.append((some, old_logp))
-        updates.append((sum_over_processes(len(indices)), micro_batches))
+        micro_batches = batches(taught, grpo.micro_batch)
+        with torch.no_grad():  # before the first update
+            old_logps = [logp_of(policy, some) for some in micro_batches]
+        updates.append((sum_over_processes(len(indices)), micro_batches, old_logps))
     seen = {name: [] for name in ("loss", "kl", "clip_share", "entropy", "logp_gap")}
-    for n_responses, micro_batches in updates:
-        for some, old_logp in micro_batches:
-            logp = policy([samples[i] for i in some], grpo.temperature)
-            old_logp = logp.detach() if old_logp is None else old_logp
+    for n_responses, micro_batches, old_logps in updates:
+        for some, old_logp in zip(micro_batches, old_logps):
+            logp = logp_of(policy, some)
             with torch.no_grad():
-                ref_logp = reference([samples[i] for i in some], grpo.temperature)
-            sampled = torch.cat([logp.new_tensor(responses[i].logprobs) for i in some])
-            lengths = torch.tensor([len(responses[i].logprobs) for i in some], device=logp.device)
-            advantage = advantages[some].repeat_interleave(lengths)
+                ref_logp = logp_of(reference, some)
+            lengths = [len(responses[i].logprobs) for i in some]
+            advantage = torch.cat([advantages[i].repeat(n) for i, n in zip(some, lengths)])
             loss, k3, clipped = grpo_loss(logp, old_logp, ref_logp, advantage, grpo)
             # the paper's mean: over a response's tokens, then over all responses
-            weight = (1 / lengths / n_responses).repeat_interleave(lengths)
-            (weight * loss).sum().backward()
+            (sum(part.mean() for part in loss.split(lengths)) / n_responses).backward()
+            sampled = torch.cat([logp.new_tensor(responses[i].logprobs) for i in some])
             for name, x in {"loss": loss, "kl": k3, "clip_share": clipped, "entropy": -sampled,
                             "logp_gap": (old_logp - sampled).abs()}.items():
                 seen[name] += x.tolist()
-        if sum_over_processes(len(micro_batches)):
-            optimizer_step(optimizer)
+        optimizer_step(optimizer)
     n = sum_over_processes(len(seen["loss"])) or 1
     return {name: sum_over_processes(sum(values)) / n for name, values in seen.items()}
 
@@ -493,42 +508,28 @@ def same_answer(a, b):
     return a == b
 
 
-def sample_tokens(logits, rows, temperature):
-    """The next token of each row and its log-prob: two lists. logits: (rows, V). Sampled by the
-    inverse of the cumulated probabilities: one random number a row, so that it has its own."""
-    logp = (logits / (temperature or 1.0)).log_softmax(-1)
-    if not logp.isfinite().any(-1).all():
-        raise EchoError("the model's logits are not numbers; its training went wrong")
-    if temperature:
-        total = logp.exp().cumsum(-1)
-        draw = torch.tensor([[row.draws.random()] for row in rows]).to(total)
-        token = torch.searchsorted(total, draw * total[:, -1:], right=True)
-        token = token.clamp_max(logp.shape[1] - 1)
-    else:
-        token = logp.argmax(-1, keepdim=True)
-    return token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist()
+def keep_bf16_weights(device):
+    """autocast, in hidden(), drops its bf16 copies of the weights when the outermost context ends:
+    in this one, itself off, they are kept from token to token."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def batches(items, size):
     return [items[at:at + size] for at in range(0, len(items), size)]
 
 
-def pad_left(rows, device):
-    """Lists of numbers -> (B, T), the shorter ones with zeros on the left."""
-    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
-    return pad_sequence(rows, batch_first=True, padding_side="left").to(device)
-
-
 def optimizer_step(optimizer, max_norm=1.0):
-    """One step, on the gradient summed over processes and clipped."""
+    """One step, on the gradient summed over processes and clipped; none if the gradient is 0."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if torch.distributed.is_initialized():
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             torch.distributed.all_reduce(p.grad)
-    if not nn.utils.clip_grad_norm_(parameters, max_norm).isfinite():
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    if not norm.isfinite():
         raise EchoError("the gradient is not finite; start again with a lower learning rate")
-    optimizer.step()
+    if norm > 0:
+        optimizer.step()
     optimizer.zero_grad()
 
 
@@ -552,24 +553,20 @@ class SmallEncoder(nn.Module):
     in both directions, which counts better than attention. A thumbnail averages mel POWER over half
     a second before the encoder sees it, one token for each average: what changes within one can't
     be read from it."""
-    HOP = 160      # samples, 10 ms
-    WINDOW = 400   # samples, 25 ms
+    HOP = 160  # samples, 10 ms
 
     def __init__(self, dim=96, layers=2, n_mels=40):
         super().__init__()
         self.dim = dim
         self.mel = torchaudio.transforms.MelSpectrogram(
-            SAMPLE_RATE, self.WINDOW, hop_length=self.HOP, n_mels=n_mels, center=False)
+            SAMPLE_RATE, n_fft=400, hop_length=self.HOP, n_mels=n_mels, pad_mode="constant")
         self.conv1 = nn.Conv1d(n_mels, dim, 3, stride=2, padding=1)
         self.conv2 = nn.Conv1d(dim, dim, 3, stride=2, padding=1)
         self.gru = nn.GRU(dim, dim // 2, layers, batch_first=True, bidirectional=True)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, waves, thumbnail):
-        n_frames = math.ceil(waves.shape[1] / self.HOP)                # each centred on its hop
-        before = (self.WINDOW - self.HOP) // 2
-        after = (n_frames - 1) * self.HOP + self.WINDOW - before - waves.shape[1]
-        power = self.mel(F.pad(waves, (before, after)))                # (B, n_mels, frames)
+        power = self.mel(waves)[..., :math.ceil(waves.shape[1] / self.HOP)]  # (B, n_mels, frames)
         if thumbnail:
             power = F.avg_pool1d(power, 100 // THUMBNAIL_RATE, ceil_mode=True)
             power = power.repeat_interleave(4, dim=2)                  # 4 frames make one token

@@ -46,7 +46,7 @@ class Settings:
     thumbnail: bool = True           # --no-thumbnail: the first listen is at the full rate
     encoder_steps: int = 800         # of 32 segments and 4 whole clips
     base_captions: int = 250         # steps
-    base_instructions: int = 1250    # steps
+    base_instructions: int = 1100    # steps
     base_batch: int = 8
     base_lr: float = 1.5e-3
     sft_steps: int = 150             # the paper: one epoch of 75.9k rows
