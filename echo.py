@@ -181,12 +181,9 @@ class Echo(nn.Module):
         """Waveforms (N_i,) on the CPU -> features (n_i, encoder dim), which embed() projects; one
         by one, so that nothing is padded, and each distinct one once."""
         thumbnail = first_listen and self.config.thumbnail
-        keys = [wave.numpy().tobytes() for wave in waves]
-        features = {}
-        for key, wave in zip(keys, waves):
-            if key not in features:
-                features[key] = self.encoder(wave[None].to(self.device), thumbnail)[0]
-        return [features[key] for key in keys]
+        distinct = {wave.numpy().tobytes(): wave[None].to(self.device) for wave in waves}
+        features = {key: self.encoder(wave, thumbnail)[0] for key, wave in distinct.items()}
+        return [features[wave.numpy().tobytes()] for wave in waves]
 
     def prompt(self, features, question, choices=()):
         """What a response continues: the first listen, its times as text, and the question.
@@ -320,22 +317,6 @@ def decode(model, rows, listen, temperature):
         waiting = [row for row in rows if row.waiting]
         if 2 * len(waiting) >= sum(not row.ended for row in rows):  # so, too, if none runs
             listen_again(model, waiting, listen)
-
-
-def sample_tokens(logits, rows, temperature):
-    """The next token of each row and its log-prob: two lists. logits: (rows, V). Sampled by the
-    inverse of the cumulated probabilities: one random number a row, so that it has its own."""
-    logp = (logits / (temperature or 1.0)).log_softmax(-1)
-    if not logp.isfinite().any(-1).all():
-        raise EchoError("the model's logits are not numbers; its training went wrong")
-    if temperature:
-        total = logp.exp().cumsum(-1)
-        draw = torch.tensor([[row.draws.random()] for row in rows]).to(total)
-        token = torch.searchsorted(total, draw * total[:, -1:], right=True)
-        token = token.clamp_max(logp.shape[1] - 1)
-    else:
-        token = logp.argmax(-1, keepdim=True)
-    return token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist()
 
 
 def add_token(model, row, token, logp, listen):
@@ -506,6 +487,22 @@ def same_answer(a, b):
     """Are two answers the same? Case, outer punctuation and spacing don't count."""
     a, b = (" ".join(s.casefold().split()).strip(" .,;:!?\"'") for s in (a, b))
     return a == b
+
+
+def sample_tokens(logits, rows, temperature):
+    """The next token of each row and its log-prob: two lists. logits: (rows, V). Sampled by the
+    inverse of the cumulated probabilities: one random number a row, so that it has its own."""
+    logp = (logits / (temperature or 1.0)).log_softmax(-1)
+    if not logp.isfinite().any(-1).all():
+        raise EchoError("the model's logits are not numbers; its training went wrong")
+    if temperature:
+        total = logp.exp().cumsum(-1)
+        draw = torch.tensor([[row.draws.random()] for row in rows]).to(total)
+        token = torch.searchsorted(total, draw * total[:, -1:], right=True)
+        token = token.clamp_max(logp.shape[1] - 1)
+    else:
+        token = logp.argmax(-1, keepdim=True)
+    return token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist()
 
 
 def keep_bf16_weights(device):

@@ -1,6 +1,6 @@
 """Make the toy world: clips with known events, and the paper's structured data pipeline on them.
 
-    python make_data.py                      # data/: 2,600 clips, 16-bit WAV, 500 MB, half a minute
+    python make_data.py                      # data/: 1,400 clips, 16-bit WAV, 260 MB
     python make_data.py --sounds DIR         # recorded sounds: a folder of WAV files for each kind
 
 A generator knows the true events of a clip and writes

@@ -46,9 +46,9 @@ class Settings:
     thumbnail: bool = True           # --no-thumbnail: the first listen is at the full rate
     encoder_steps: int = 800         # of 32 segments and 4 whole clips
     base_captions: int = 250         # steps
-    base_instructions: int = 1100    # steps
+    base_instructions: int = 1200    # steps
     base_batch: int = 8
-    base_lr: float = 1.5e-3
+    base_lr: float = 1e-3
     sft_steps: int = 150             # the paper: one epoch of 75.9k rows
     sft_batch: int = 16
     sft_lr: float = 5e-4             # the paper: 5e-6, for 7 billion parameters
@@ -464,7 +464,7 @@ def short_clips(model, path, events, clips, rng, kinds):
     """A question, most to find or order, and short clips at the full rate with what is heard in
     them; no whole clip. Here counting is learned, and when to go on. Where the short clips lie is
     given: it can't be known."""
-    category = str(rng.choice(list(QUESTIONS), p=[0.1, 0.3, 0.1, 0.5]))
+    category = str(rng.choice(list(QUESTIONS), p=[0.1, 0.4, 0.1, 0.4]))
     row = write_row(category, events, rng, kinds)
     prompt = model.prompt([], row["question"], row["multi_choice"])
     listen = rng.random() < 0.75  # else: how an answer follows from a chain, whatever the distance

@@ -2,6 +2,7 @@
 
     python .github/measure.py speed RUNS               # probe, decoding, a GRPO step
     python .github/measure.py listening RUNS [DATA]    # decisions, looks, oracle, turns: JSON lines
+    python .github/measure.py curve                    # .github/curve.svg from the logs in results/
 
 RUNS: the folder with base, sft and rl.
 """
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import echo  # noqa: E402
 from echo import GRPO, Segment, cut, grpo_step, load, rollouts  # noqa: E402
-from generate import answer, measure  # noqa: E402
+from generate import COLOURS, answer, measure  # noqa: E402
 from make_data import (load_audio, look_for, read_questions, read_rows, segment_of,  # noqa: E402
                        then_comes)
 
@@ -193,5 +194,34 @@ def speed(runs):
     step(policy, model.requires_grad_(False), questions, waves)
 
 
+def curve():
+    """Held-out accuracy and hits over the RL steps: the mean of all seeds, and each seed."""
+    here, lines = Path(__file__).parent, ""
+    log = [e for e in read_rows(here / "results/rl.jsonl") if "eval_accuracy" in e]
+    steps = sorted({e["step"] for e in log})
+    names = {"eval_accuracy": "all questions", "eval_find": "to find", "eval_hits": "hits"}
+    left, right, top, bottom, low = 40, 430, 12, 170, 0.7
+    for (name, said), colour in zip(names.items(), COLOURS):
+        seeds = [[e[name] for e in log if e["seed"] == s] for s in sorted({e["seed"] for e in log})]
+        mean = [sum(values) / len(values) for values in zip(*seeds)]
+        for values in (*seeds, mean):
+            at = " ".join(f"{left + (right - left) * x / steps[-1]:.0f},"
+                          f"{bottom - (bottom - top) * (max(y, low) - low) / (1 - low):.1f}"
+                          for x, y in zip(steps, values))
+            width, dim = (2.5, "") if values is mean else (1, ' opacity="0.3"')
+            lines += f'<polyline points="{at}" stroke="{colour}" stroke-width="{width}"{dim}/>'
+        lines += (f'<text x="{right + 8}" y="{top + 50 + 18 * list(names).index(name)}" '
+                  f'fill="{colour}">{said} {100 * mean[0]:.0f} &#8594; {100 * mean[-1]:.0f}</text>')
+    ticks = "".join(f'<text x="4" y="{bottom - (bottom - top) * (y - low) / (1 - low) + 4:.0f}">'
+                    f'{100 * y:.0f}%</text>' for y in (0.7, 0.8, 0.9, 1.0))
+    ticks += "".join(f'<text x="{left + (right - left) * x / steps[-1] - 6:.0f}" y="{bottom + 18}">'
+                     f'{x}</text>' for x in steps)
+    (here / "curve.svg").write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 580 195" width="580" height="195" '
+        f'font-family="sans-serif" font-size="12" fill="none"><g fill="#777">{ticks}'
+        f'<text x="{right + 20}" y="{bottom + 18}">RL steps</text></g>'
+        f'<g>{lines}</g></svg>')
+
+
 if __name__ == "__main__":
-    {"speed": speed, "listening": listening}[sys.argv[1]](*sys.argv[2:4])
+    {"speed": speed, "listening": listening, "curve": curve}[sys.argv[1]](*sys.argv[2:4])
