@@ -96,7 +96,7 @@ def split_segments(text):
 
 def parse_segment(inside, duration_s, turns=0, config=Config()):
     """The text between <seg> and </seg> -> Segment, after `turns` heard ones; never raises. Its
-    reason is None if it can be heard."""
+    reason is None if nothing is wrong with it."""
     match = TIMES.fullmatch(inside or "")
     if not match:
         return Segment(inside or "", reason="malformed")
@@ -209,7 +209,7 @@ class Echo(nn.Module):
 
     def embed(self, samples, since=None):
         """Each sample from index `since` on, its ids embedded, its audio projected, padded on the
-        left, so that the last column is each row's newest: x (B, T, D), mask (B, T)."""
+        left, so that the last column holds the newest of each row: x (B, T, D), mask (B, T)."""
         since = since or [0] * len(samples)
         new = [s.ids[start:] for s, start in zip(samples, since)]
         audio = [a for s, start in zip(samples, since) for a in s.audio[start:] if a is not None]
@@ -217,13 +217,13 @@ class Echo(nn.Module):
         x = self.decoder.get_input_embeddings()(ids.clamp_min(0))
         if audio:
             x = x.masked_scatter((ids == AUDIO)[..., None], self.projector(torch.stack(audio)))
-        return x, pad_left([[1] * len(ids) for ids in new], self.device)
+        return x, pad_left([[1] * len(row) for row in new], self.device)
 
     def hidden(self, x, mask, cache=None):
         """(B, T, D) embeddings -> last hidden states; `mask` (B, cached + T) marks the real tokens.
         They have positions 0, 1, 2, ..., text and audio alike; padding takes none: mask 0 1 1 0 1,
-        positions 0 0 1 1 2. RoPE needs them for the order, also within a segment; what comes later
-        than what is known from the columns."""
+        positions 0 0 1 1 2. RoPE tells the order from them, within a segment, too. That nothing
+        sees what comes later is a matter of columns."""
         position = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1]:]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return self.decoder.model(
@@ -260,7 +260,7 @@ class Rollout:
     wave: torch.Tensor          # the original clip, (N,)
     draws: np.random.Generator  # this row's own: it does not depend on its neighbours
     text: str = ""              # the sampled text, without eos
-    logprobs: list = field(default_factory=list)  # of the sampled ids, as sampled: for metrics
+    logprobs: list = field(default_factory=list)  # of the sampled ids, as sampled: one for each
     segments: list = field(default_factory=list)  # a Segment for each </seg>
     waiting: bool = False       # for the audio of its last segment
     ended: str | None = None    # "eos", "length", or "prompt too long", then without a response
@@ -279,9 +279,9 @@ def cut(wave, segment):
 @torch.no_grad()
 def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
     """Decode a response to each question about its clip: in training, evaluation and use.
-    questions: objects with .question and .choices; waves: their clips, (N,); listen(wave, segment):
-    the waveform that is heard, or None to reason in text; temperature 0 is greedy; seeds: a number
-    or a tuple of them for each response; None draws afresh. Returns Rollouts."""
+    questions: objects with .question and .choices; waves: their clips, (N,); listen: a function
+    (wave, segment) -> the waveform that is heard, or None to reason in text; temperature 0 is
+    greedy; seeds: a number or a tuple of them for each response, None draws afresh. -> Rollouts."""
     rows = []
     room = model.decoder.config.max_position_embeddings // 2  # the rest: for the response
     for k, features in enumerate(model.hear(waves, first_listen=True)):
@@ -297,10 +297,10 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
 
 def decode(model, rows, listen, temperature):
     """Write the responses of a batch in one KV cache. A row runs, waits for audio, or has ended. A
-    pass feeds what the cache lacks of each row: first its prompt, then the id sampled last or the
-    audio that it waited for. All rows grow by the same number of columns, so that 25 audio tokens
-    for one are 25 columns of padding for the others: rows wait until half of the unfinished ones
-    do. Waiting for the last row would idle most."""
+    pass feeds what the cache lacks of each row: first its prompt, then the id sampled last, the
+    audio that it waited for, both, or nothing, which is padding. All rows grow by the same number
+    of columns, so that 25 audio tokens for one are 25 columns of padding for the others: rows wait
+    until half of the unfinished ones do. Waiting for the last row would idle most."""
     cache = transformers.DynamicCache(config=model.decoder.config)
     mask = torch.zeros(len(rows), 0, dtype=torch.long, device=model.device)
     while not all(row.ended for row in rows):
@@ -315,7 +315,7 @@ def decode(model, rows, listen, temperature):
         for row, token, logp in zip(running, tokens, logprobs):
             add_token(model, row, token, logp, listen)
         waiting = [row for row in rows if row.waiting]
-        if 2 * len(waiting) >= sum(not row.ended for row in rows):  # so, too, if none runs
+        if 2 * len(waiting) >= sum(not row.ended for row in rows):  # true, too, if none runs
             listen_again(model, waiting, listen)
 
 
@@ -340,8 +340,7 @@ def add_token(model, row, token, logp, listen):
     if not segment.reason and row.ended:
         segment.reason = "no room left"
     row.segments.append(segment)
-    segment.heard = not segment.reason  # a row whose segment is refused is not told
-    row.waiting = segment.heard
+    segment.heard = row.waiting = not segment.reason  # a refused row goes on, and is not told
 
 
 def listen_again(model, rows, listen):
@@ -411,7 +410,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantage, grpo):
         ratio = exp(logp - old_logp)
         loss  = -min(ratio advantage, clamp(ratio, 1 - clip, 1 + clip) advantage) + kl_weight k3
         k3    = exp(ref - logp) - (ref - logp) - 1      never negative; its mean: KL(policy || ref)
-    Returns loss, k3, and whether the clipped ratio was the smaller one.
+    Returns loss, k3, and whether the clipped term was the smaller one.
     """
     ratio = torch.exp(logp - old_logp)
     clip = grpo.clip_ratio
@@ -437,19 +436,19 @@ def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, liste
 
 def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
     """`grpo.mini_batches` updates on the responses of one step. advantages: (responses,). What was
-    sampled is trained: ids are never tokenised again, inserted audio has no loss, eos does. Old
-    log-probs are computed as in the update: cached decoding has other kernels, which round
-    otherwise, in bf16 too far (logp_gap). Returns means over the tokens that had a part."""
+    sampled is trained: ids are never tokenised again, inserted audio has no loss, eos has one. Old
+    log-probs are computed as in the update, not taken from decoding, whose other kernels round
+    otherwise, in bf16 too far: logp_gap says how far. Returns means over the tokens trained."""
     def logp_of(model, some):
         return model([responses[i].sample for i in some], grpo.temperature)
 
     updates = []
     for indices in np.array_split(np.arange(len(responses)), grpo.mini_batches):
-        # Without an advantage, as in a flat group, a response would add its KL alone. Left out, a
-        # step of the toy is 1.8 times as fast.
+        # Without an advantage, as in a flat group, a response would add its KL alone. It is left
+        # out, unlike in the paper: a step of the toy is 1.8 times as fast.
         taught = [i for i in indices if abs(advantages[i]) > 1e-3]
         micro_batches = batches(taught, grpo.micro_batch)
-        with torch.no_grad():  # before the first update
+        with torch.no_grad():  # of all updates before the first one changes the policy
             old_logps = [logp_of(policy, some) for some in micro_batches]
         updates.append((sum_over_processes(len(indices)), micro_batches, old_logps))
     seen = {name: [] for name in ("loss", "kl", "clip_share", "entropy", "logp_gap")}
@@ -585,12 +584,12 @@ class WhisperEncoder(nn.Module):
     def window(self, wave, thumbnail):
         """At most 30 s, (N,) -> (n, dim)."""
         features = self.extractor(wave.cpu().numpy(), sampling_rate=SAMPLE_RATE,
-                                  return_tensors="pt").input_features  # log10(power) / 4 + 1
-        rate = TOKENS_PER_SECOND
+                                  return_tensors="pt").input_features  # (1, n_mels, 3000)
         if thumbnail:
-            rate = THUMBNAIL_RATE
-            power = F.avg_pool1d(10 ** (4 * features - 4), 100 // rate).repeat_interleave(50, dim=2)
+            power = 10 ** (4 * (features - 1))  # features: log10(power) / 4 + 1, 100 a second
+            power = F.avg_pool1d(power, 50).repeat_interleave(50, dim=2)
             features = power.log10() / 4 + 1
+        rate = THUMBNAIL_RATE if thumbnail else TOKENS_PER_SECOND
         x = self.whisper(features.to(wave.device)).last_hidden_state   # (1, 1500, dim), 50 a second
         x = F.avg_pool1d(x.transpose(1, 2), 50 // rate)[0].T
         return x[:math.ceil(len(wave) * rate / SAMPLE_RATE)]
@@ -637,7 +636,7 @@ def read_whisper(name):
 def save(model, folder):
     """Write a model's folder whole or not at all: under a temporary name, then renamed."""
     folder = Path(folder)
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     model.decoder.save_pretrained(temporary)
@@ -649,8 +648,11 @@ def save(model, folder):
     torch.save(rest, temporary / "echo.pt")
     (temporary / "echo.json").write_text(json.dumps(dataclasses.asdict(model.config)))
     os.sync()  # all of it is on the disk before it has its name
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
     os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(folder, device="cpu"):
@@ -675,7 +677,7 @@ def load(folder, device="cpu"):
 
 
 def sha1(path):
-    """What a run depends on is the content of its inputs, not their names."""
+    """Of a file's content: a run depends on what its inputs hold, not on their names."""
     return hashlib.sha1(Path(path).read_bytes()).hexdigest()
 
 
@@ -694,9 +696,11 @@ def parse_settings(cls, doc, defaults={}):
         return_remaining_strings=True, look_for_args_file=False)
     if rest:
         fail(f"unknown: {' '.join(rest)}")
-    for f in dataclasses.fields(cls):  # a count that is 0 by default may be 0; none is negative
-        value, least = getattr(settings, f.name), int(type(f.default) is int and f.default > 0)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= least:
+    for f in dataclasses.fields(cls):
+        value, least = getattr(settings, f.name), 0
+        if type(f.default) is int and f.default > 0:  # a count that is 0 by default may be 0
+            least = 1
+        if type(value) in (int, float) and not value >= least:
             fail(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
     return settings
 

@@ -33,14 +33,14 @@ class Settings(GRPO):
     out: str = "runs/rl"        # folder for the log, the save and the model
     listen: Literal["segment", "nothing", "silence", "elsewhere"] = "segment"  # what is heard at a
                                 # tag; nothing: text reasoning; the last two are controls
-    steps: int = 40             # the paper: one epoch of 21.9k rows
+    steps: int = 50             # the paper: one epoch of 21.9k rows
     questions: int = 8          # prompts a step; the paper: 64
     lr: float = 1e-4            # the paper: 1e-6, for 7 billion parameters
     projector_rate: float = 1.0  # the projector's learning rate, as a factor
     bf16: bool = False          # bf16 arithmetic in the decoder
     seed: int = 0               # of the order of questions and of every draw
     device: str = "auto"        # cuda if there is one, else cpu
-    eval_every: int = 20        # steps between evaluations, beside the first and the last
+    eval_every: int = 25        # steps between evaluations, beside the first and the last
     save_every: int = 20        # steps between saves
 
 # With a pretrained decoder the defaults are, as measured for the README:

@@ -11,7 +11,6 @@ A stage that has its model/ is skipped (rm -r its folder to train it again); one
 goes on from its last save. Left out: packing of several rows into one sequence.
 """
 # SPDX-License-Identifier: MIT
-import fcntl
 import functools
 import json
 import math
@@ -45,8 +44,8 @@ class Settings:
     encoder: str = "small"           # or a Whisper checkpoint: a name or a local folder
     thumbnail: bool = True           # --no-thumbnail: the first listen is at the full rate
     encoder_steps: int = 800         # of 32 segments and 4 whole clips
-    base_captions: int = 250         # steps
-    base_instructions: int = 1200    # steps
+    base_captions: int = 150         # steps
+    base_instructions: int = 1300    # steps
     base_batch: int = 8
     base_lr: float = 1e-3
     sft_steps: int = 150             # the paper: one epoch of 75.9k rows
@@ -111,13 +110,6 @@ class Training:
     def __init__(self, folder, module, settings, rates={}):
         self.folder, self.settings, self.step = Path(folder), settings, 0
         self.rank, self.world = processes()
-        if self.rank == 0:  # before anything is read or written, until this process ends
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "w")
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise EchoError(f"{self.folder}: another process trains here") from None
         self.device = next(module.parameters()).device
         self.trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
         groups = [{"params": [p], "rate": rates.get(k.split(".")[0], 1.0)}
@@ -421,7 +413,7 @@ def start_projector(model, detector, described):
 
 # ---------------------------------------------------------------------------------- base
 def train_base(model, training, settings):
-    """Captions until places are known, then instructions, 40% of them on short clips."""
+    """Captions until places are known, then instructions, half of them on short clips."""
     clips, (described, kinds) = features_of(model), read_clips(settings)
     mine = range(settings.base_batch)[training.rank::training.world]
     steps = settings.base_captions + settings.base_instructions
@@ -429,7 +421,7 @@ def train_base(model, training, settings):
         samples, instruct = [], step >= settings.base_captions
         for i, k in zip(training.batch(len(described), settings.base_batch), mine):
             rng = np.random.default_rng([settings.seed, step, k])
-            if instruct and rng.random() < 0.4:
+            if instruct and rng.random() < 0.5:
                 samples.append(short_clips(model, *described[i], clips, rng, kinds))
             else:
                 samples.append(whole_clip(model, *described[i], clips, rng, instruct))
@@ -447,7 +439,7 @@ def whole_clip(model, path, events, clips, rng, instruct):
     kinds = list(map(str, rng.permutation(list(dict.fromkeys(e["kind"] for e in events)))))
     if not instruct:
         ask, said = "Describe every sound.", describe(kinds)
-    elif rng.random() < 0.4:
+    elif rng.random() < 0.3:
         kinds = kinds[:rng.integers(1, len(kinds) + 1)]
         ask, said = f"Describe {', '.join('the ' + kind for kind in kinds)}.", describe(kinds)
     else:
