@@ -200,7 +200,7 @@ def curve():
     log = [e for e in read_rows(here / "results/rl.jsonl") if "eval_accuracy" in e]
     steps = sorted({e["step"] for e in log})
     names = {"eval_accuracy": "all questions", "eval_find": "to find", "eval_hits": "hits"}
-    left, right, top, bottom, low = 40, 430, 12, 170, 0.7
+    left, right, top, bottom, low = 40, 430, 12, 170, 0.8
     for (name, said), colour in zip(names.items(), COLOURS):
         seeds = [[e[name] for e in log if e["seed"] == s] for s in sorted({e["seed"] for e in log})]
         mean = [sum(values) / len(values) for values in zip(*seeds)]
@@ -213,7 +213,7 @@ def curve():
         lines += (f'<text x="{right + 8}" y="{top + 50 + 18 * list(names).index(name)}" '
                   f'fill="{colour}">{said} {100 * mean[0]:.0f} &#8594; {100 * mean[-1]:.0f}</text>')
     ticks = "".join(f'<text x="4" y="{bottom - (bottom - top) * (y - low) / (1 - low) + 4:.0f}">'
-                    f'{100 * y:.0f}%</text>' for y in (0.7, 0.8, 0.9, 1.0))
+                    f'{100 * y:.0f}%</text>' for y in (0.8, 0.85, 0.9, 0.95, 1.0))
     ticks += "".join(f'<text x="{left + (right - left) * x / steps[-1] - 6:.0f}" y="{bottom + 18}">'
                      f'{x}</text>' for x in steps)
     (here / "curve.svg").write_text(
