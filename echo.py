@@ -181,9 +181,10 @@ class Echo(nn.Module):
         """Waveforms (N_i,) on the CPU -> features (n_i, encoder dim), which embed() projects; one
         by one, so that nothing is padded, and each distinct one once."""
         thumbnail = first_listen and self.config.thumbnail
-        distinct = {wave.numpy().tobytes(): wave[None].to(self.device) for wave in waves}
-        features = {key: self.encoder(wave, thumbnail)[0] for key, wave in distinct.items()}
-        return [features[wave.numpy().tobytes()] for wave in waves]
+        keys = [wave.numpy().tobytes() for wave in waves]
+        features = {key: self.encoder(wave[None].to(self.device), thumbnail)[0]
+                    for key, wave in dict(zip(keys, waves)).items()}
+        return [features[key] for key in keys]
 
     def prompt(self, features, question, choices=()):
         """What a response continues: the first listen, its times as text, and the question.

@@ -244,7 +244,8 @@ def question_about(category, events, i):
     steps, target = look_for(looks), events[i]
     if category != "count":
         target = events[i + 1]
-        looks, steps = looks + [target], steps + [then_comes(target)]
+        looks.append(target)
+        steps.append(then_comes(target))
     answer = target["kind"] if category == "order" else NUMBERS[target["pulses"]]
     return {"question": QUESTIONS[category].format(named(category, events[i])), "answer": answer,
             "cot": f"<think>{' '.join(steps)}</think><answer>{answer}</answer>", "listen_to": looks}
@@ -329,7 +330,7 @@ def make_rows(clips, kinds, seed, qa_faults=0.0, cot_faults=0.0):
             draw, fault, faults = rng.random(), "intact", {}
             if draw < qa_faults:
                 faults = QA_FAULTS
-            elif draw < qa_faults + cot_faults * row["cot"].count("<seg>"):
+            elif draw < qa_faults + cot_faults * len(row["listen_to"]):
                 faults = COT_FAULTS
             possible = [f for f in faults if re.search(faults[f], json.dumps(row))]
             if possible:

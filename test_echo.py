@@ -748,6 +748,16 @@ def test_broken_rows_are_one_line(tmp_path, content, says):
     assert says in error and "r.jsonl" in error
 
 
+def test_features_belong_to_their_segment(model, tmp_path):
+    (tmp_path / "a.wav").write_bytes(wav_bytes(noise(1.0)))
+    features, wave = train_sft.features_of(model), load_audio(tmp_path / "a.wav")
+    for _ in range(2):
+        assert torch.equal(features(tmp_path / "a.wav"), model.hear([wave], True)[0])
+        segment = features(tmp_path / "a.wav", (0.2, 0.6))
+        assert torch.equal(segment, model.hear([wave[3200:9600]])[0])
+    assert "ends before its event at 5 s" in error_of(features, tmp_path / "a.wav", (5, 6))
+
+
 # ------------------------------------------------------------------------- the scripts, end to end
 
 STAGES = ("--encoder-steps 4 --base-captions 3 --base-instructions 3 --base-batch 2 "

@@ -201,21 +201,24 @@ def curve():
     steps = sorted({e["step"] for e in log})
     names = {"eval_accuracy": "all questions", "eval_find": "to find", "eval_hits": "hits"}
     left, right, top, bottom, low = 40, 430, 12, 170, 0.8
+
+    def across(step):
+        return left + (right - left) * step / steps[-1]
+
+    def up(share):
+        return bottom - (bottom - top) * (max(share, low) - low) / (1 - low)
     for (name, said), colour in zip(names.items(), COLOURS):
         seeds = [[e[name] for e in log if e["seed"] == s] for s in sorted({e["seed"] for e in log})]
         mean = [sum(values) / len(values) for values in zip(*seeds)]
         for values in (*seeds, mean):
-            at = " ".join(f"{left + (right - left) * x / steps[-1]:.0f},"
-                          f"{bottom - (bottom - top) * (max(y, low) - low) / (1 - low):.1f}"
-                          for x, y in zip(steps, values))
+            at = " ".join(f"{across(x):.0f},{up(y):.1f}" for x, y in zip(steps, values))
             width, dim = (2.5, "") if values is mean else (1, ' opacity="0.3"')
             lines += f'<polyline points="{at}" stroke="{colour}" stroke-width="{width}"{dim}/>'
         lines += (f'<text x="{right + 8}" y="{top + 50 + 18 * list(names).index(name)}" '
                   f'fill="{colour}">{said} {100 * mean[0]:.0f} &#8594; {100 * mean[-1]:.0f}</text>')
-    ticks = "".join(f'<text x="4" y="{bottom - (bottom - top) * (y - low) / (1 - low) + 4:.0f}">'
-                    f'{100 * y:.0f}%</text>' for y in (0.8, 0.85, 0.9, 0.95, 1.0))
-    ticks += "".join(f'<text x="{left + (right - left) * x / steps[-1] - 6:.0f}" y="{bottom + 18}">'
-                     f'{x}</text>' for x in steps)
+    ticks = "".join(f'<text x="4" y="{up(y) + 4:.0f}">{100 * y:.0f}%</text>'
+                    for y in (0.8, 0.85, 0.9, 0.95, 1.0))
+    ticks += "".join(f'<text x="{across(x) - 6:.0f}" y="{bottom + 18}">{x}</text>' for x in steps)
     (here / "curve.svg").write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 580 195" width="580" height="195" '
         f'font-family="sans-serif" font-size="12" fill="none"><g fill="#777">{ticks}'
