@@ -13,6 +13,10 @@ The whole method, A being a clip and q a question about it:
     loss  = -min(ratio adv, clamp(ratio) adv) + kl_weight k3   # GRPO, arXiv 2402.03300; k3: the
                                                                # KL to the SFT policy, per token
 
+A response is plain text, tags and all, as in this chain, from which stage 1 learns:
+
+    <think>the hum <seg>1.0, 2.5</seg> the hum has two pulses.</think><answer>two</answer>
+
 Stage 1, SFT, teaches to write tags: the clip is in the prompt, and no audio follows a tag. Stage 2,
 RL, teaches to gain from what the tags bring. Each is a loop around one function:
 
@@ -28,7 +32,6 @@ decoding, rewards, GRPO; the method ends there. Helpers, encoders, saving and fl
 """
 # SPDX-License-Identifier: MIT
 import dataclasses
-import hashlib
 import inspect
 import json
 import math
@@ -50,17 +53,17 @@ from transformers.models.whisper import modeling_whisper
 
 SAMPLE_RATE = 16_000    # Hz, of every waveform
 TOKENS_PER_SECOND = 25  # of audio at the full rate
-THUMBNAIL_RATE = 2      # of audio in a first listen
+THUMBNAIL_RATE = 2      # of audio in a first listen that is a thumbnail
 
 
 @dataclass
 class Config:
     """What a model is; saved with its weights."""
     encoder: str = "small"        # or a Whisper checkpoint: a name or a local folder
-    decoder: str = "tiny"         # or a Qwen2 checkpoint: a name or a local folder
+    decoder: str = "tiny"         # made in train_sft.py; or a Qwen2 checkpoint, as above
     thumbnail: bool = True        # first listen: 2 audio tokens a second, so that listening again
                                   # finds something new; False: 25 a second, as in the paper
-    min_segment_s: float = 0.2    # one minimum, in training and in use, as in the paper
+    min_segment_s: float = 0.2    # as in the paper
     max_segment_s: float = 30.0
     end_slack_s: float = 0.1      # an end this far past the clip is taken as the clip's end
     max_turns: int = 8            # segments heard in one response, as in the paper
@@ -71,12 +74,12 @@ class Config:
 # =================================================================================== 1 segment tags
 @dataclass
 class Segment:
-    """What a pair of tags asked for, and what came of it. `reason` says why it was not heard."""
+    """What a pair of tags asked for, and what came of it."""
     text: str
     start_s: float | None = None
     end_s: float | None = None
     heard: bool = False
-    reason: str | None = None
+    refused: str | None = None  # why it is not heard
 
 
 NUMBER = r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*"
@@ -95,22 +98,22 @@ def split_segments(text):
 
 
 def parse_segment(inside, duration_s, turns=0, config=Config()):
-    """The text between <seg> and </seg> -> Segment, after `turns` heard ones; never raises. Its
-    reason is None if nothing is wrong with it."""
+    """The text between <seg> and </seg> -> Segment, after `turns` heard ones; never raises.
+    What is wrong with it stands in `refused`."""
     match = TIMES.fullmatch(inside or "")
     if not match:
-        return Segment(inside or "", reason="malformed")
+        return Segment(inside or "", refused="malformed")
     start_s, end_s = map(float, match.groups())
-    if start_s < duration_s < end_s <= duration_s + config.end_slack_s:
+    if duration_s < end_s <= duration_s + config.end_slack_s:
         end_s = duration_s
     length_s = end_s - start_s
     wrong = {"reversed": length_s < 0,
              "outside the clip": end_s > duration_s,
-             "too short": length_s < config.min_segment_s - 1e-6,  # 0.3 - 0.1 < 0.2
+             "too short": length_s < config.min_segment_s - 1e-6,  # in floats 0.3 - 0.1 < 0.2
              "too long": length_s > config.max_segment_s + 1e-6,
              "too many turns": turns >= config.max_turns}
-    reason = next((name for name, holds in wrong.items() if holds), None)
-    return Segment(inside, start_s, end_s, reason=reason)
+    refused = next((name for name, holds in wrong.items() if holds), None)
+    return Segment(inside, start_s, end_s, refused=refused)
 
 
 # ================================================================= 2 text and audio in one sequence
@@ -164,9 +167,6 @@ class Echo(nn.Module):
         self.encoder.requires_grad_(False)
         for table in (decoder.get_input_embeddings(), decoder.get_output_embeddings()):
             table.requires_grad_(config.decoder == "tiny")
-        stop = decoder.generation_config.eos_token_id  # a number, several, or None
-        self.eos_ids = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])}
-        self.eos_ids.discard(None)
         self.eval()  # for good: nothing drops out, in training neither
 
     @property
@@ -182,16 +182,17 @@ class Echo(nn.Module):
         by one, so that nothing is padded, and each distinct one once."""
         thumbnail = first_listen and self.config.thumbnail
         keys = [wave.numpy().tobytes() for wave in waves]
+        distinct = dict(zip(keys, waves))  # a group shares its clip, and often a segment
         features = {key: self.encoder(wave[None].to(self.device), thumbnail)[0]
-                    for key, wave in dict(zip(keys, waves)).items()}
+                    for key, wave in distinct.items()}
         return [features[key] for key in keys]
 
     def prompt(self, features, question, choices=()):
         """What a response continues: the first listen, its times as text, and the question.
             [audio]0.0[audio]0.5[audio]1.0 ... How many pulses has the hum? Choose from ...
 
-        features: (n, encoder dim) of the first listen; [] for a question without a clip. Each token
-        is followed by the time at which it starts, at the full rate the first of each second."""
+        features: (n, encoder dim) of the first listen; [] for a question without a clip. After each
+        token stands the time at which it starts; at the full rate after each second's first."""
         sample = Sample()
         rate = THUMBNAIL_RATE if self.config.thumbnail else TOKENS_PER_SECOND
         every = 1 if self.config.thumbnail else rate
@@ -215,7 +216,7 @@ class Echo(nn.Module):
         new = [s.ids[start:] for s, start in zip(samples, since)]
         audio = [a for s, start in zip(samples, since) for a in s.audio[start:] if a is not None]
         ids = pad_left(new, self.device)
-        x = self.decoder.get_input_embeddings()(ids.clamp_min(0))
+        x = self.decoder.get_input_embeddings()(ids.clamp_min(0))  # AUDIO: replaced below
         if audio:
             x = x.masked_scatter((ids == AUDIO)[..., None], self.projector(torch.stack(audio)))
         return x, pad_left([[1] * len(row) for row in new], self.device)
@@ -223,8 +224,7 @@ class Echo(nn.Module):
     def hidden(self, x, mask, cache=None):
         """(B, T, D) embeddings -> last hidden states; `mask` (B, cached + T) marks the real tokens.
         They have positions 0, 1, 2, ..., text and audio alike; padding takes none: mask 0 1 1 0 1,
-        positions 0 0 1 1 2. RoPE tells the order from them, within a segment, too. That nothing
-        sees what comes later is a matter of columns."""
+        positions 0 0 1 1 2. RoPE goes by positions, in a segment, too, causality by columns."""
         position = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1]:]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return self.decoder.model(
@@ -291,17 +291,16 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
         rows.append(Rollout(prompt, waves[k], draws))
         if len(prompt.ids) > room:
             rows[k].ended = "prompt too long"
-    with keep_bf16_weights(model.device):
+    with keep_bf16_weights(model.device):  # for speed alone
         decode(model, [row for row in rows if not row.ended], listen, temperature)
     return rows
 
 
 def decode(model, rows, listen, temperature):
     """Write the responses of a batch in one KV cache. A row runs, waits for audio, or has ended. A
-    pass feeds what the cache lacks of each row: first its prompt, then the id sampled last, the
-    audio that it waited for, both, or nothing, which is padding. All rows grow by the same number
-    of columns, so that 25 audio tokens for one are 25 columns of padding for the others: rows wait
-    until half of the unfinished ones do. Waiting for the last row would idle most."""
+    pass feeds each row what the cache lacks of it, padded on the left: its prompt, then the id
+    sampled last, audio, both, or nothing. 25 audio tokens for one row are 25 columns of padding for
+    the others: so a row that asks for audio waits until half of the unfinished ones do."""
     cache = transformers.DynamicCache(config=model.decoder.config)
     mask = torch.zeros(len(rows), 0, dtype=torch.long, device=model.device)
     while not all(row.ended for row in rows):
@@ -310,13 +309,14 @@ def decode(model, rows, listen, temperature):
         hidden = model.hidden(x, mask, cache)[:, -1]                             # (rows, D)
         for row in rows:
             row.cached = len(row.sample.ids)
-        runs = [k for k, row in enumerate(rows) if not row.waiting and not row.ended]
-        running = [rows[k] for k in runs]  # some row always does
-        tokens, logprobs = sample_tokens(model.logits(hidden[runs]), running, temperature)
-        for row, token, logp in zip(running, tokens, logprobs):
+        running = [k for k, row in enumerate(rows) if not row.waiting and not row.ended]
+        active = [rows[k] for k in running]  # never empty, by the last rule below
+        tokens, logprobs = sample_tokens(model.logits(hidden[running]), active, temperature)
+        for row, token, logp in zip(active, tokens, logprobs):
             add_token(model, row, token, logp, listen)
         waiting = [row for row in rows if row.waiting]
-        if 2 * len(waiting) >= sum(not row.ended for row in rows):  # true, too, if none runs
+        unfinished = [row for row in rows if not row.ended]
+        if 2 * len(waiting) >= len(unfinished):
             listen_again(model, waiting, listen)
 
 
@@ -325,10 +325,10 @@ def add_token(model, row, token, logp, listen):
     after this id, even if its text goes on: "</seg>," may end in one token ">,"."""
     row.sample.add([token], trained=True)
     row.logprobs.append(logp)
-    if token in model.eos_ids:
+    if token == model.tokenizer.eos_token_id:
         row.ended = "eos"
         return
-    row.text = model.tokenizer.decode(row.sample.sampled)  # all at once: a letter may be cut
+    row.text = model.tokenizer.decode(row.sample.sampled)  # anew: a letter may be two ids
     if len(row.logprobs) >= model.config.max_new_tokens:
         row.ended = "length"
     pairs = split_segments(row.text)[0]
@@ -336,12 +336,12 @@ def add_token(model, row, token, logp, listen):
         return
     duration_s = len(row.wave) / SAMPLE_RATE
     segment = parse_segment(pairs[-1][1], duration_s, len(row.heard_segments), model.config)
-    if not segment.reason and not listen:
-        segment.reason = "text reasoning"
-    if not segment.reason and row.ended:
-        segment.reason = "no room left"
+    if not segment.refused and not listen:
+        segment.refused = "text reasoning"
+    if not segment.refused and row.ended:
+        segment.refused = "at the limit of tokens"
     row.segments.append(segment)
-    segment.heard = row.waiting = not segment.reason  # a refused row goes on, and is not told
+    segment.heard = row.waiting = not segment.refused  # a refused row goes on, and is not told
 
 
 def listen_again(model, rows, listen):
@@ -373,7 +373,7 @@ def format_reward(text):
 def consistency_reward(text):
     """-0.1 for every </seg> followed by a capital or a tag (the paper), or by no word before the
     next tag (here); at least -0.5."""
-    after = [part.split("<")[0].strip() for part in text.split("</seg>")[1:]]
+    after = [part.split("<")[0].strip() for part in text.split("</seg>")[1:]]  # "": a tag is next
     broken_off = sum(not re.search(r"\w", said) or said[0].isupper() for said in after)
     return max(-0.5, -0.1 * broken_off)
 
@@ -407,15 +407,12 @@ def group_advantages(rewards, eps=1e-4):
 
 def grpo_loss(logp, old_logp, ref_logp, advantage, grpo):
     """The GRPO objective of each token (arXiv 2402.03300, eq. 3 and 4) as a loss; all are (n,).
-    The reference policy is the SFT policy, frozen.
-        ratio = exp(logp - old_logp)
-        loss  = -min(ratio advantage, clamp(ratio, 1 - clip, 1 + clip) advantage) + kl_weight k3
-        k3    = exp(ref - logp) - (ref - logp) - 1      never negative; its mean: KL(policy || ref)
-    Returns loss, k3, and whether the clipped term was the smaller one.
-    """
+    Returns loss, k3, and whether the clipped term was the smaller one."""
     ratio = torch.exp(logp - old_logp)
     clip = grpo.clip_ratio
-    free, bounded = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
+    free = ratio * advantage
+    bounded = ratio.clamp(1 - clip, 1 + clip) * advantage
+    # never negative, and its mean is KL(policy || reference)
     k3 = torch.exp(ref_logp - logp) - (ref_logp - logp) - 1
     return -torch.minimum(free, bounded) + grpo.kl_weight * k3, k3, (bounded < free).float()
 
@@ -438,23 +435,22 @@ def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, liste
 def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
     """`grpo.mini_batches` updates on the responses of one step. advantages: (responses,). What was
     sampled is trained: ids are never tokenised again, inserted audio has no loss, eos has one. Old
-    log-probs are computed as in the update, not taken from decoding, whose other kernels round
-    otherwise, in bf16 too far: logp_gap says how far. Returns means over the tokens trained."""
+    log-probs come from the same forward as the update's, not from decoding, which rounds otherwise,
+    in bf16 by too much for a ratio (logp_gap). Returns means over the tokens trained."""
     def logp_of(model, some):
         return model([responses[i].sample for i in some], grpo.temperature)
 
-    updates = []
-    for indices in np.array_split(np.arange(len(responses)), grpo.mini_batches):
-        # Without an advantage, as in a flat group, a response would add its KL alone. It is left
-        # out, unlike in the paper: a step of the toy is 1.8 times as fast.
-        taught = [i for i in indices if abs(advantages[i]) > 1e-3]
-        micro_batches = batches(taught, grpo.micro_batch)
-        with torch.no_grad():  # of all updates before the first one changes the policy
-            old_logps = [logp_of(policy, some) for some in micro_batches]
-        updates.append((sum_over_processes(len(indices)), micro_batches, old_logps))
+    shares = np.array_split(np.arange(len(responses)), grpo.mini_batches)
+    # Without an advantage, as in a flat group, a response would add its KL alone. It is left out,
+    # unlike in the paper: a step of the toy is 1.8 times as fast. (1e-3: 0, but for rounding.)
+    updates = [batches([i for i in share if abs(advantages[i]) > 1e-3], grpo.micro_batch)
+               for share in shares]
+    with torch.no_grad():  # for all updates, before the first one changes the policy
+        old_logps = [[logp_of(policy, some) for some in update] for update in updates]
     seen = {name: [] for name in ("loss", "kl", "clip_share", "entropy", "logp_gap")}
-    for n_responses, micro_batches, old_logps in updates:
-        for some, old_logp in zip(micro_batches, old_logps):
+    for share, update, olds in zip(shares, updates, old_logps):
+        n_responses = sum_over_processes(len(share))
+        for some, old_logp in zip(update, olds):
             logp = logp_of(policy, some)
             with torch.no_grad():
                 ref_logp = logp_of(reference, some)
@@ -491,7 +487,7 @@ def same_answer(a, b):
 
 def sample_tokens(logits, rows, temperature):
     """The next token of each row and its log-prob: two lists. logits: (rows, V). Sampled by the
-    inverse of the cumulated probabilities: one random number a row, so that it has its own."""
+    inverse of the cumulated probabilities: a row draws one number, whatever its neighbours do."""
     logp = (logits / (temperature or 1.0)).log_softmax(-1)
     if not logp.isfinite().any(-1).all():
         raise EchoError("the model's logits are not numbers; its training went wrong")
@@ -506,8 +502,8 @@ def sample_tokens(logits, rows, temperature):
 
 
 def keep_bf16_weights(device):
-    """autocast, in hidden(), drops its bf16 copies of the weights when the outermost context ends:
-    in this one, itself off, they are kept from token to token."""
+    """For speed: autocast drops its bf16 copies of the weights when the outermost context ends.
+    This one, itself off, is the outermost, so that they last from token to token."""
     return torch.autocast(device.type, enabled=False)
 
 
@@ -673,13 +669,7 @@ def load(folder, device="cpu"):
     model = Echo(config, encoder, *read_decoder(folder))
     rest = torch.load(folder / "echo.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(model.state_dict() | rest)
-    model.sha1 = sha1(folder / "echo.pt")  # the projector changes whenever anything is trained
     return model.to(device)
-
-
-def sha1(path):
-    """Of a file's content: a run depends on what its inputs hold, not on their names."""
-    return hashlib.sha1(Path(path).read_bytes()).hexdigest()
 
 
 # ========================================================================== 9 flags and processes

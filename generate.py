@@ -2,7 +2,7 @@
 
     python generate.py                                                  # a held-out toy clip
     python generate.py --clip clip.wav --question "How many pulses has the hum?" --choices two three
-    python generate.py --benchmark data/test.jsonl --output runs/test.jsonl
+    python generate.py --benchmark data/test.jsonl --output runs/test.json
     python generate.py --html trace.html                       # with any of these: a page of it
 
 Decoding is the very function that train_rl.py rolls out with. Left out: streaming, several
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from echo import (AUDIO, SAMPLE_RATE, EchoError, Rollout, Sample, batches, cut,
                   extract_answer, is_right, load, main, parse_settings, pick_device, processes,
                   rollouts, same_answer, split_segments, sum_over_processes)
-from make_data import (Question, json_lines, load_audio, read_questions, segment_of, wav_bytes,
+from make_data import (Question, load_audio, read_questions, segment_of, wav_bytes,
                        write_atomically)
 
 
@@ -137,21 +137,12 @@ def print_clip(q, rollout, seconds):
     pairs, rest = split_segments(rollout.text)
     text, said = "", extract_answer(rollout.text)
     for (before, inside), s in zip(pairs, rollout.segments):
-        mark = f"listens to {s.start_s:.2f} to {s.end_s:.2f} s" if s.heard else s.reason
+        mark = f"listens to {s.start_s:.2f} to {s.end_s:.2f} s" if s.heard else s.refused
         text += before + ("</seg>" if inside is None else f"<seg>{inside}</seg>") + f" [{mark}]"
     truth = f"   truth: {q.answer}" if q.answer else ""
     print(f"{q.path} ({len(rollout.wave) / SAMPLE_RATE:.1f} s)\n{q.question} "
           f"{', '.join(q.choices)}\n\n{text}{rest}\n\nanswer: "
           f"{said or f'(none, ended: {rollout.ended})'}{truth}   ({seconds:.1f} s)")
-
-
-def write_rows(settings, questions, responses):
-    """Each row with all its fields and the trace, in the format of the data file."""
-    rows = [{**q.row, **trace(r)} for q, r in zip(questions, responses)]
-    text = json_lines(rows)
-    if Path(settings.benchmark).read_text(encoding="utf-8-sig").lstrip().startswith("["):
-        text = json.dumps(rows, ensure_ascii=False, indent=2)
-    write_atomically(settings.output, text)
 
 
 def use(model, settings):
@@ -168,22 +159,22 @@ def use(model, settings):
         raise EchoError("--clip: needs --question, and perhaps --choices a b c d")
     responses = answer(model, questions, LISTEN[settings.listen], settings.temperature,
                        settings.seed, settings.batch)
-    for q in questions:
-        if q.answer and not any(same_answer(q.answer, choice) for choice in q.choices):
-            print(f"{q.row.get('id')}: {q.answer!r} is none of its choices: not scored",
-                  file=sys.stderr)
-            q.answer = None
     broken = [f"{q.row.get('id', q.path)}: {r.ended}" for q, r in zip(questions, responses)
               if not r.logprobs]
     if broken and not settings.benchmark:
         raise EchoError(broken[0])
     if settings.benchmark:
+        unscored = sum(q.answer is None for q in questions)
+        if unscored:
+            print(f"{unscored} of {len(questions)} have no answer among their choices: not scored",
+                  file=sys.stderr)
         metrics = measure(questions, responses, {q.category for q in questions})
         print("\n".join(f"{name:<16}{value:8.4g}" for name, value in metrics.items()))
     else:
         print_clip(questions[0], responses[0], time.time() - began)
     if settings.output:
-        write_rows(settings, questions, responses)
+        rows = [q.row | trace(r) for q, r in zip(questions, responses)]
+        write_atomically(settings.output, json.dumps(rows, ensure_ascii=False, indent=2))
     if settings.html:  # the first ones, since each carries its audio
         write_page(settings.html, "Echo listens again", "".join(
             trace_html(q, r) for q, r in zip(questions[:60], responses) if r.logprobs))
@@ -262,7 +253,7 @@ def response_html(rollout, seconds):
     for i, ((before, inside), s) in enumerate(zip(pairs, rollout.segments)):
         tag = escape("</seg>" if inside is None else f"<seg>{inside}</seg>")
         if not s.heard:
-            chip = f'<span class="chip">{tag} &#10007; {escape(s.reason)}</span>'
+            chip = f'<span class="chip">{tag} &#10007; {escape(s.refused)}</span>'
         else:
             part = (f'data-start="{s.start_s}" data-end="{s.end_s}" style="--c:{COLOURS[i % 8]};'
                     f'left:{s.start_s / seconds:.2%};right:{1 - s.end_s / seconds:.2%}"')

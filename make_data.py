@@ -20,7 +20,7 @@ import os
 import re
 import struct
 import wave
-from collections import Counter
+from collections import Counter, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,7 +137,7 @@ def arrange(rng, kinds, clip_s):
     searched, *others = map(str, rng.permutation(kinds))
     n_cells, n_searched = round(clip_s / CELL_S), int(rng.choice([1, 2, 2, 3, 3]))
     n_others = max(n_searched, rng.integers(2, 4))  # in 6 s
-    n_others = round(clip_s / 6 * (n_searched + n_others)) - n_searched
+    n_others = min(round(clip_s / 6 * (n_searched + n_others)), n_cells // 2) - n_searched
     order = [searched] * n_searched
     for i in range(n_others):  # in a long clip some come again
         order.append(others[i if i < len(others) else 2 + i % (len(others) - 2)])
@@ -179,6 +179,9 @@ def synthesise(rng, recordings=None, clip_s=6.0):
         level = 10 ** (rng.uniform(-22, -14) / 20)
         clip[a:b] += level * sound * pulse_train(pulses, b - a, rng.choice([0.001, 0.004, 0.012]))
         events.append({"kind": kind, "start_s": start_s, "end_s": end_s, "pulses": pulses})
+    if rng.random() < 0.5:  # half the rooms have an echo
+        late = int(rng.uniform(0.03, 0.15) * SAMPLE_RATE)
+        clip[late:] += 10 ** (rng.uniform(-20, -8) / 20) * clip[:-late]
     return np.clip(clip, -1, 1), events
 
 
@@ -361,7 +364,8 @@ def run():
         sets[verdict].append(row | {"reason": wrong} if verdict == "discarded" else row)
         verdicts[fault, verdict] += 1
     for name, items in {"clips": clips, **sets, "test": test}.items():
-        write_atomically(Path(settings.out) / f"{name}.jsonl", json_lines(items))
+        lines = "".join(json.dumps(item) + "\n" for item in items)
+        write_atomically(Path(settings.out) / f"{name}.jsonl", lines)
     print(f"\n{'planted':<18}" + "".join(f"{'-> ' + verdict:>14}" for verdict in sets))
     for fault in ("intact", *QA_FAULTS, *COT_FAULTS):
         print(f"{fault:<18}" + "".join(f"{verdicts[fault, verdict]:>14}" for verdict in sets))
@@ -373,15 +377,12 @@ def run():
 # From here on: reading and writing, the toy's data and your own.
 
 def write_atomically(path, data):
-    """Write text, bytes, or what data(file) writes: whole or not at all."""
+    """Write text or bytes: whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        if callable(data):
-            data(file)
-        else:
-            file.write(data if isinstance(data, bytes) else data.encode())
+        file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -401,11 +402,7 @@ def wav_bytes(samples):
 def read_wav(path):
     """A WAV file, 8 to 32-bit integer or 32-bit float PCM -> (N, channels) float32, rate in Hz."""
     data, chunks, at = Path(path).read_bytes(), {}, 12
-    other = EchoError(f"{path}: not a WAV file of 8 to 32-bit PCM; convert it: ffmpeg -i "
-                      f"'{Path(path).name}' '{Path(path).stem}-16k.wav'")
-    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        raise other
-    while at + 8 <= len(data):
+    while at + 8 <= len(data) and data[:4] == b"RIFF":
         name, size = struct.unpack("<4sI", data[at:at + 8])
         left = len(data) - at - 8
         if name == b"data" and (size == 0 or size >= 0x7FFF_0000):  # a stream, never closed
@@ -414,20 +411,17 @@ def read_wav(path):
             raise EchoError(f"{path}: broken WAV, {left} of {size} bytes of audio are there")
         chunks.setdefault(name, data[at + 8:at + 8 + size])
         at += 8 + size + size % 2
-    header, audio = chunks.get(b"fmt ", b""), chunks.get(b"data")
-    if len(header) < 16 or audio is None:
-        raise EchoError(f"{path}: broken WAV, no 'fmt ' or no 'data' chunk")
+    header, audio = chunks.get(b"fmt ", b"").ljust(26, b"\0"), chunks.get(b"data", b"")
     coding, channels, rate, _, frame, bits = struct.unpack("<HHIIHH", header[:16])
-    if coding == 0xFFFE and len(header) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the coding follows
+    if coding == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE: the coding follows
         coding = struct.unpack("<H", header[24:26])[0]
-    if (coding, bits) not in ((1, 8), (1, 16), (1, 24), (1, 32), (3, 32)):
-        raise other
     width = bits // 8
-    if not channels or frame != channels * width or not 1000 <= rate <= 768_000:
-        raise EchoError(f"{path}: broken WAV, {channels} channels of {bits} bits in frames of "
-                        f"{frame} bytes at {rate} Hz")
-    if len(audio) > 3600 * frame * rate:
-        raise EchoError(f"{path}: {len(audio) / frame / rate:.0f} s long; needed: at most an hour")
+    known = (coding, bits) in ((1, 8), (1, 16), (1, 24), (1, 32), (3, 32)) and \
+        channels and frame == channels * width and 1000 <= rate <= 768_000 and \
+        rate // math.gcd(rate, SAMPLE_RATE) <= 12_000  # beyond, resampling would take gigabytes
+    if not known:
+        raise EchoError(f"{path}: not a WAV file of 8 to 32-bit PCM, or a broken one; convert it: "
+                        f"ffmpeg -i '{Path(path).name}' '{Path(path).stem}-16k.wav'")
     raw = np.frombuffer(audio[:len(audio) // frame * frame], np.uint8)
     if coding == 3:
         return raw.view("<f4").reshape(-1, channels), rate
@@ -444,32 +438,22 @@ def load_audio(path):
         raise EchoError(f"{path}: the clip is empty, it holds no samples")
     if not np.abs(samples).max() <= 1e4:
         raise EchoError(f"{path}: samples are NaN or beyond 10,000; export it again")
-    if rate // math.gcd(rate, SAMPLE_RATE) > 12_000:  # the filter would take gigabytes
-        raise EchoError(f"{path}: a sample rate of {rate} Hz; convert it to {SAMPLE_RATE} first")
     mono = torch.from_numpy(samples.mean(1, dtype=np.float32))
     return torchaudio.functional.resample(mono, rate, SAMPLE_RATE)
 
 
-def json_lines(rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def read_rows(path, needs=()):
     """Rows of a JSON list or of JSON lines, each a dict with text under the keys `needs`."""
-    number = 0
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            rows = []
-            for number, line in enumerate(text.split("\n"), 1):
-                rows += [json.loads(line)] if line.strip() else []
-        for number, row in enumerate(rows, 1):
-            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair can't be written
-    except (ValueError, RecursionError) as error:  # of UTF-8, too
-        raise EchoError(f"{path}, row {number}: not UTF-8 or not JSON ({error}); needed: a list of "
-                        "objects, or an object a line") from None
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if not text.lstrip().startswith("["):
+            lines = [line for line in text.split("\n") if line.strip()]
+            text = "[" + ",\n".join(lines) + "]"
+        rows = json.loads(text)
+        json.dumps(rows, ensure_ascii=False).encode()  # half a surrogate pair can't be written
+    except (ValueError, RecursionError) as error:  # of UTF-8, too; it names the line
+        raise EchoError(f"{path}: not UTF-8 or not JSON ({error}); needed: a list of objects, or "
+                        "an object a line") from None
     if not rows:
         raise EchoError(f"{path}: no rows")
     for number, row in enumerate(rows, 1):
@@ -480,37 +464,28 @@ def read_rows(path, needs=()):
     return rows
 
 
-@dataclass
-class Question:
-    """A row as published: the native one, MMAR's (choices) or MMAU's (audio_id, choices)."""
-    row: dict
-    path: Path
-    question: str
-    choices: list
-    answer: str | None
-    category: str
+Question = namedtuple("Question", "row path question choices answer category")
 
 
 def read_questions(path, audio_root="", needs=("answer",)):
-    """Questions of a data file. Audio paths are relative to `audio_root`, or the file's folder.
-    needs: what a row must have beside question and choices; for training also its clip."""
+    """Questions of a data file, its rows native, MMAR's (choices) or MMAU's (audio_id, choices).
+    Audio paths are relative to `audio_root`, or the file's folder. needs: what a row must have
+    beside question and choices, for training; else an answer that is no choice becomes None."""
     questions = []
     for number, row in enumerate(read_rows(path, ("question", *needs)), 1):
-        answer, audio = row.get("answer"), row.get("audio_path") or row.get("audio_id")
-        choices, wrong = row.get("multi_choice") or row.get("choices"), None
-        if not isinstance(audio, str):
-            wrong = "no 'audio_path' (or 'audio_id')"
-        elif not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
-            wrong = "no 'multi_choice' (or 'choices'), a list of texts"
-        elif not isinstance(answer, str | None):
-            wrong = f"'answer' is not a text: {answer!r}"
-        elif needs and not any(same_answer(answer, c) for c in choices):
-            wrong = f"the answer {answer!r} is not among the choices"
-        clip = Path(audio_root or Path(path).parent) / str(audio)
-        if not wrong and needs and not clip.is_file():
-            wrong = f"no such file: {clip}"
-        if wrong:
-            raise EchoError(f"{path}, row {number}: {wrong}")
+        audio = row.get("audio_path") or row.get("audio_id")
+        choices = row.get("multi_choice") or row.get("choices")
+        if not isinstance(audio, str) or not isinstance(choices, list):
+            raise EchoError(f"{path}, row {number}: needed: 'audio_path' (or 'audio_id'), and "
+                            "'multi_choice' (or 'choices'), a list of texts")
+        choices = list(map(str, choices))
+        answer = next((c for c in choices if same_answer(c, str(row.get("answer") or ""))), None)
+        if needs and not answer:
+            raise EchoError(f"{path}, row {number}: the answer {row['answer']!r} is not among the "
+                            "choices")
+        clip = Path(audio_root or Path(path).parent) / audio
+        if needs and not clip.is_file():
+            raise EchoError(f"{path}, row {number}: no such file: {clip}")
         category = str(row.get("category") or row.get("task") or "all")
         questions.append(Question(row, clip, row["question"], choices, answer, category))
     return questions

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import struct
@@ -123,10 +122,9 @@ def within(model, n):
 
 
 # ------------------------------------------------------------------------------------------- audio
-
-def wav(raw, rate=16_000, channels=1, bits=16, coding=1, says=None, block=None):
-    block, size = block or channels * bits // 8, len(raw) if says is None else says
-    return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + size, b"WAVE", b"fmt ", 16, coding,
+def wav(raw, rate=16_000, channels=1, bits=16, coding=1, says=None):
+    block, size = channels * bits // 8, len(raw) if says is None else says
+    return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(raw), b"WAVE", b"fmt ", 16, coding,
                        channels, rate, rate * block % 2 ** 32, block, bits, b"data", size) + raw
 
 
@@ -138,39 +136,26 @@ def test_wav_formats(tmp_path, bits, coding, channels, rate):
     ints = (wave * (2 ** (bits - 1) - 1)).round().astype("<i4") + 128 * (bits == 8)
     raw = wave.astype("<f4") if coding == 3 else ints[..., None].view(np.uint8)[..., :bits // 8]
     for says in (None, 0, 0xFFFF_FFFF):  # the last two: streams, whose length is not known
-        content = wav(raw.tobytes(), rate, channels, bits, coding)
-        if says is not None:
-            content = content[:40] + struct.pack("<I", says) + content[44:]
-        (tmp_path / "a.wav").write_bytes(content)
+        (tmp_path / "a.wav").write_bytes(wav(raw.tobytes(), rate, channels, bits, coding, says))
         got, t = load_audio(tmp_path / "a.wav"), np.arange(16_000) / 16_000
         gap = got[:16_000].numpy() - (0.5 * np.sin(2 * np.pi * 440 * t) * loudness.mean())
         assert len(got) == 16_000 and np.abs(gap[800:15_000]).max() < 0.02
 
 
-BROKEN_AUDIO = {
-    "none.wav": (None, "No such file"), "song.mp3": (b"ID3\x03" + b"\0" * 100, "'song-16k.wav'"),
-    "cut.wav": (wav(b"\0" * 50, says=100), "50 of 100 bytes"), "empty.wav": (wav(b""), "empty"),
-    "head.wav": (b"RIFF\x10\0\0\0WAVEjunk\0\0\0\0", "no 'fmt ' or no 'data' chunk"),
-    "mulaw.wav": (wav(b"\0" * 4, coding=7, bits=8), "'mulaw-16k.wav'"),
-    "wide.wav": (wav(b"\0" * 8, bits=24, block=4), "24 bits in frames of 4 bytes"),
-    "fast.wav": (wav(b"\0" * 4, rate=4_294_967_295), "4294967295 Hz"),
-    "prime.wav": (wav(b"\0" * 4, rate=767_957), "767957 Hz; convert it to 16000 first"),
-    "huge.wav": (wav(struct.pack("<2f", 1e38, -1e38), bits=32, coding=3), "beyond 10,000"),
-    "long.wav": (wav(b"\0" * 3_600_010, rate=1000, bits=8), "3600 s long"),
-    "nan.wav": (wav(struct.pack("<2f", math.nan, 0), bits=32, coding=3), "NaN")}
-
-
-@pytest.mark.parametrize("name", BROKEN_AUDIO)
-def test_broken_audio_is_one_line(tmp_path, name):
-    content, says = BROKEN_AUDIO[name]
+@pytest.mark.parametrize("content,says", [
+    (None, "No such file"), (b"ID3\x03" + b"\0" * 100, "'a-16k.wav'"), (wav(b""), "empty"),
+    (wav(b"\0" * 50, says=100), "50 of 100 bytes"),
+    (b"RIFF\x10\0\0\0WAVEjunk\0\0\0\0", "'a-16k.wav'"),
+    (wav(b"\0" * 4, coding=7, bits=8), "'a-16k.wav'"), (wav(b"", rate=767_957), "'a-16k.wav'"),
+    (wav(struct.pack("<2f", math.nan, 0), bits=32, coding=3), "NaN")])
+def test_broken_audio_is_one_line(tmp_path, content, says):
     if content is not None:
-        (tmp_path / name).write_bytes(content)
-    error = error_of(load_audio, tmp_path / name)
-    assert says in error and name in error
+        (tmp_path / "a.wav").write_bytes(content)
+    error = error_of(load_audio, tmp_path / "a.wav")
+    assert says in error and "a.wav" in error
 
 
 # ------------------------------------------------------------------------------- encoder and model
-
 @pytest.mark.parametrize("thumbnail", [True, False])
 @pytest.mark.parametrize("first_listen", [True, False])
 def test_a_token_for_each_begun_piece_of_time(tokenizer, thumbnail, first_listen):
@@ -179,15 +164,6 @@ def test_a_token_for_each_begun_piece_of_time(tokenizer, thumbnail, first_listen
     rate = 2 if thumbnail and first_listen else 25
     for wave, tokens in zip(waves, model.hear(waves, first_listen)):
         assert tokens.shape == (math.ceil(len(wave) / 16_000 * rate), 32)
-        both = model.encoder(torch.stack([noise(len(wave) / 16_000, 9), wave]), rate == 2)
-        assert (both[1] - tokens).abs().max() < 1e-4  # in a batch as alone
-
-
-def test_each_distinct_waveform_is_encoded_once(model, monkeypatch):
-    heard, forward = [], model.encoder.forward
-    monkeypatch.setattr(model.encoder, "forward", lambda *a: heard.append(a) or forward(*a))
-    first, second, third = model.hear([noise(1.0, 1), noise(1.0, 2), noise(1.0, 1)])
-    assert len(heard) == 2 and torch.equal(first, third) and not torch.equal(first, second)
 
 
 def test_a_thumbnail_lacks_the_detail(model):
@@ -215,13 +191,12 @@ def test_log_probs_in_a_batch_equal_one_by_one(model):
     samples = [dialogue(model, i, 2.0 + i / 4) for i in range(6)]
     alone = [model([s]) for s in samples]
     assert torch.allclose(model(samples), torch.cat(alone), atol=1e-4)
-    for s, want in zip(samples, alone):
+    for s in samples:
         x = model.decoder.get_input_embeddings()(torch.tensor(s.ids).clamp_min(0))
         x[[i == AUDIO for i in s.ids]] = model.projector(torch.stack(heard_in(s)))
         logits = model.decoder(inputs_embeds=x[None]).logits[0] / 0.7
         got = [logits[t - 1].log_softmax(-1)[s.ids[t]] for t in range(len(s.ids)) if s.trained[t]]
         assert torch.allclose(model([s], 0.7), torch.stack(got), atol=1e-4)
-        assert torch.allclose(want, model([s]))
     loss, n = echo.sft_loss(model, samples), sum(sum(s.trained) for s in samples)
     parts = echo.sft_loss(model, samples[:1], n) + echo.sft_loss(model, samples[1:], n)
     assert loss.item() == pytest.approx(-torch.cat(alone).mean().item(), abs=1e-5)
@@ -233,7 +208,7 @@ def test_no_gradient_at_audio_and_some_at_eos(model, monkeypatch):
     sample = dialogue(model)
     trained = {t for t, on in enumerate(sample.trained) if on}
     assert not any(sample.ids[t] == AUDIO for t in trained)
-    assert len(sample.ids) - 1 in trained and sample.ids[-1] in model.eos_ids
+    assert len(sample.ids) - 1 in trained and sample.ids[-1] == model.tokenizer.eos_token_id
     hidden = model.hidden(*model.embed([sample])).detach().requires_grad_()
     monkeypatch.setattr(model, "hidden", lambda *a: hidden)
     echo.sft_loss(model, [sample]).backward()
@@ -263,7 +238,6 @@ def test_prompt_writes_times_and_holds_any_text(tokenizer):
 
 
 # -------------------------------------------------------------------------------------------- tags
-
 @pytest.mark.parametrize("text,want", [
     ("2.0, 3.0", (2, 3, None)), ("2,3", (2, 3, None)), (" 2.5 , 3 ", (2.5, 3, None)),
     (".5, 1.", (0.5, 1, None)), ("2.0, 2.2", (2, 2.2, None)), ("9.97, 39.97", (9.97, 39.97, None)),
@@ -275,11 +249,10 @@ def test_prompt_writes_times_and_holds_any_text(tokenizer):
         "0:01, 0:02", "٣, ٤"))])
 def test_segment_tags(text, want):
     got = parse_segment(text, 39.97)
-    assert (got.start_s, got.end_s, got.reason) == want
+    assert (got.start_s, got.end_s, got.refused) == want
 
 
 # ---------------------------------------------------------------------------------------- decoding
-
 def asked(n):
     """Questions, no two alike."""
     return [Asked("Which comes first?" + " Which?" * i, ["hum", "bell"], "hum") for i in range(n)]
@@ -332,7 +305,7 @@ def test_interleaved_rollout_hears_the_right_part_and_matches_training(model, wr
     rows = respond(within(model, 200), waves, temperature=0.7)
     assert [r.text for r in rows] == TEXTS and echo.is_right(rows[2].text, "two ünïcode ✓ 日本")
     bad = ["outside the clip", "reversed", "malformed", "malformed"]
-    assert [[s.reason for s in r.segments] for r in rows] == [[None] * 2, bad, [], [None] * 2]
+    assert [[s.refused for s in r.segments] for r in rows] == [[None] * 2, bad, [], [None] * 2]
     places = [[(8000, 24_000), (16_000, 32_000)], [], [], [(0, 16_000), (56_000, 96_000)]]
     for r, wave, heard in zip(rows, waves, places):
         again = heard_in(r.sample)[math.ceil(2 * len(wave) / 16_000):]
@@ -372,12 +345,11 @@ def test_inserted_audio_changes_what_follows_and_controls_differ(model, write):
         assert inserted == bool(row.heard_segments) == (name != "nothing")
         after.add(tuple(row.logprobs[closed:closed + 3]))
     assert len(after) == 4
-    assert row.segments[0].reason or row.heard_segments
     ramp, segment = torch.arange(96_000.0), Segment("", 5.0, 6.0)
     assert torch.equal(generate.silence(ramp, segment), torch.zeros(16_000))
     assert torch.equal(generate.elsewhere(ramp, segment), torch.arange(32_000.0, 48_000.0))
     row, = respond(within(model, closed), [wave])
-    assert (row.ended, row.segments[0].reason) == ("length", "no room left")
+    assert (row.ended, row.segments[0].refused) == ("length", "at the limit of tokens")
     assert row.sample.ids[-1] != AUDIO
 
 
@@ -408,12 +380,11 @@ def test_greedy_equals_transformers_generate(model):
     x, mask = model.embed([prompt])
     theirs = model.decoder.generate(
         inputs_embeds=x, attention_mask=mask, do_sample=False, max_new_tokens=20,
-        eos_token_id=list(model.eos_ids), pad_token_id=0)[0].tolist()
+        eos_token_id=model.tokenizer.eos_token_id, pad_token_id=0)[0].tolist()
     assert ours.sample.ids[n_prompt(ours):] == theirs
 
 
 # -------------------------------------------------------------------------------- rewards and GRPO
-
 GOOD = "<think>a <seg>1, 2</seg> the hum.</think><answer>hum</answer>"
 
 
@@ -432,7 +403,7 @@ GOOD = "<think>a <seg>1, 2</seg> the hum.</think><answer>hum</answer>"
     ("<answer>hum</answer><think>a</think>", 0, (0, 0, 0.5, 0)),
     ("<think>a<think>b</think><answer>hum</answer>", 0, (0, 0, 0.5, 0))])
 def test_rewards_by_hand(text, heard, parts):
-    segments = [Segment("1, 2", 1, 2, heard=True)] * heard + [Segment("x", reason="malformed")]
+    segments = [Segment("1, 2", 1, 2, heard=True)] * heard + [Segment("x", refused="malformed")]
     got = echo.paper_reward(Rollout(Sample(), None, None, segments=segments, text=text), "hum")
     assert list(got) == ["format", "consistency", "accuracy", "segment"]
     assert tuple(got.values()) == pytest.approx(parts)
@@ -524,7 +495,7 @@ def test_flat_groups_teach_nothing_and_bad_gradients_end(model, write):
 def test_metrics_by_hand(model):
     heard = [Segment("", a, b, heard=True) for a, b in ((0, 2), (1, 3), (4, 4.3), (0, 1))]
     rows = [Rollout(Sample(ids=[5, AUDIO, AUDIO]), None, None, logprobs=[0.0] * 10, text=GOOD,
-                    ended="eos", segments=[*heard[:3], Segment("x", reason="malformed")]),
+                    ended="eos", segments=[*heard[:3], Segment("x", refused="malformed")]),
             Rollout(Sample(), None, None, logprobs=[0.0] * 20, ended="length", segments=heard[3:])]
     questions = [make_data.Question({}, None, "", [], "hum", category) for category in "ab"]
     questions[0].row["listen_to"] = [{"start_s": 0.1, "end_s": 1.9}, {"start_s": 1.2, "end_s": 2.0}]
@@ -536,7 +507,6 @@ def test_metrics_by_hand(model):
 
 
 # ------------------------------------------------------------------ pretrained parts, on stand-ins
-
 @pytest.fixture(scope="session")
 def qwen(tmp_path_factory):
     """Random-weight Qwen2s of Qwen2.5-0.5B's ratios, by tied heads or not. As there, "</seg>" is
@@ -552,7 +522,6 @@ def qwen(tmp_path_factory):
             num_hidden_layers=3, num_attention_heads=14, num_key_value_heads=2,
             attention_dropout=0.3, initializer_range=0.1, tie_word_embeddings=tied,
             bos_token_id=0, eos_token_id=1))
-        decoder.generation_config.eos_token_id = [1, 7]
         decoder.save_pretrained(folders[tied])
         bpe.save(str(folders[tied] / "tokenizer.json"))
         PreTrainedTokenizerFast.from_pretrained(
@@ -570,7 +539,6 @@ def pretrained(folder, listener=None, **config):
 def test_a_pretrained_decoder_writes_tags_as_ordinary_text(qwen, write):
     """Audio comes after the token that closes a tag, even if that token holds more."""
     model = pretrained(qwen[True])
-    assert model.eos_ids == {1, 7}
     texts = ["<think>a <seg>0, 0.2</seg>, it <seg>0, .4</seg></think><answer>two</answer>",
              "a <seg>9, 10</seg>, <seg>0, 0.2</seg> b"]
     want = ["<think>a <seg>0, 0.2</seg>,{0} it <seg>0, .4</seg></{0}{0}think><answer>two</answer>",
@@ -637,7 +605,6 @@ def test_whisper_encoder(tokenizer, whisper):
 
 
 # -------------------------------------------------------------------------------------------- data
-
 def test_judge_catches_every_planted_fault():
     kinds, planted = list(make_data.SYNTHETIC), set()
     for i in range(60):
@@ -646,7 +613,6 @@ def test_judge_catches_every_planted_fault():
         for category in make_data.QUESTIONS:
             row = make_data.write_row(category, events, rng)
             assert make_data.judge(row, events) == ("sft", "")
-            assert row["answer"] in row["multi_choice"] and len(set(row["multi_choice"])) == 4
             for verdict, faults in {"discarded": make_data.QA_FAULTS,
                                     "rl": make_data.COT_FAULTS}.items():
                 for fault in faults:
@@ -674,7 +640,7 @@ def test_questions_by_hand():
         "</answer>", [events[0], *events[2:]])
 
 
-@pytest.mark.parametrize("clip_s", [6.0, 24.0])
+@pytest.mark.parametrize("clip_s", [6.0, 7.5, 24.0])
 def test_the_world_has_no_grid_and_is_searched(clip_s):
     """What the README says of clips: lengths, cells, and how many looks a search needs."""
     starts, looks = set(), []
@@ -734,12 +700,12 @@ ROW = {"question": "q", "answer": "a", "audio_path": "x.wav", "multi_choice": ["
 @pytest.mark.parametrize("content,says", [
     (ROW | {"question": ""}, "row 1: no text under 'question'"),
     (ROW | {"answer": 3}, "row 1: no text under 'answer'"),
-    (ROW | {"audio_path": 3}, "row 1: no 'audio_path'"),
-    (ROW | {"multi_choice": "ab"}, "row 1: no 'multi_choice'"),
+    (ROW | {"audio_path": 3}, "row 1: needed: 'audio_path'"),
+    (ROW | {"multi_choice": "ab"}, "and 'multi_choice' (or 'choices'), a list of texts"),
     (ROW | {"answer": "c"}, "row 1: the answer 'c' is not among the choices"),
-    (ROW, "row 1: no such file"), (json.dumps(ROW) + '\n{"question": \n', "row 2: not UTF-8 or"),
-    ("[1]", "row 1"), ('[{"question": "q"', "not JSON"), ("", "no rows"), ("[]", "no rows"),
-    (json.dumps(ROW | {"question": "\ud83d"}), "row 1: not UTF-8"), ('{\n"a": 1}', "a list of"),
+    (json.dumps(ROW) + '\n{"question": \n', "line 2 column"), ('{\n"a": 1}', "a list of"),
+    (json.dumps(ROW | {"question": "\ud83d"}), "not UTF-8"),
+    (ROW, "row 1: no such file"), ("[1]", "row 1"), ('[{"question": "q"', "not JSON"), ("", "no rows"), ("[]", "no rows"),
     (b"\xff\xfe{\0}\0", "not UTF-8"), (b'{"question": "\xe9"}', "not UTF-8")])
 def test_broken_rows_are_one_line(tmp_path, content, says):
     content = json.dumps(content) if isinstance(content, dict) else content
@@ -755,11 +721,9 @@ def test_features_belong_to_their_segment(model, tmp_path):
         assert torch.equal(features(tmp_path / "a.wav"), model.hear([wave], True)[0])
         segment = features(tmp_path / "a.wav", (0.2, 0.6))
         assert torch.equal(segment, model.hear([wave[3200:9600]])[0])
-    assert "ends before its event at 5 s" in error_of(features, tmp_path / "a.wav", (5, 6))
 
 
 # ------------------------------------------------------------------------- the scripts, end to end
-
 STAGES = ("--encoder-steps 4 --base-captions 3 --base-instructions 3 --base-batch 2 "
           "--sft-steps 80 --sft-batch 8 --sft-lr 2e-3")  # enough to write tags and answers
 RL = "--steps 3 --questions 2 --group 4 --eval-every 2"
@@ -789,10 +753,6 @@ def weights(folder):
     return load(folder).state_dict()
 
 
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 @pytest.fixture(scope="session")
 def trained(data):
     """All stages at micro size, by the scripts: the folder of their folders."""
@@ -806,9 +766,6 @@ def test_logs_of_the_training_scripts(trained):
     logs = {run: log_of(trained / run) for run in ("encoder", "base", "sft", "rl")}
     steps = [e for e in logs["rl"] if "reward" in e]
     assert [e["step"] for e in steps] == [1, 2, 3]
-    for e in steps:
-        parts = (e[f"reward_{name}"] for name in ("format", "consistency", "accuracy", "segment"))
-        assert e["reward"] == pytest.approx(sum(parts), abs=1e-4)
     assert max(e["segments"] for e in steps) > 0 and max(e["kl"] for e in steps) > 0
     evaluated = [e for e in logs["rl"] if "eval_accuracy" in e]
     assert [e["step"] for e in evaluated] == [0, 2, 3] and "eval_count_after" in evaluated[0]
@@ -826,25 +783,13 @@ def test_logs_of_the_training_scripts(trained):
 
 
 def test_what_is_trained_already(trained, tmp_path):
-    """It is skipped; another setting, other inputs or a broken save is named."""
+    """It is skipped; to go on with other settings is refused."""
     assert good(*sft(trained, trained)).count("already trained") == 3
-    again = rl(trained, trained / "rl", "--save-every 7")
-    assert "already trained" in good(*again)
-    assert "was begun with lr = " in mistake(*again, "--lr", 1)
-    assert "was begun with" in mistake(*rl(trained, trained / "sft"))  # in its model's place
+    assert "already trained" in good(*rl(trained, trained / "rl"))
     for stage in ("encoder", "base"):
         shutil.copytree(trained / stage, tmp_path / stage)
     good(*sft(trained, tmp_path, "--sft-steps 2"))  # of no matter to the stages before
     assert [e["step"] for e in log_of(tmp_path / "sft")] == [1, 2]
-    shutil.copytree(trained / "rl", tmp_path / "rl")
-    began = json.loads((tmp_path / "rl/settings.json").read_text()) | {"model": f"{tmp_path}/sft"}
-    (tmp_path / "rl/settings.json").write_text(json.dumps(began))
-    other = rl(trained, tmp_path / "rl", "", "--model", tmp_path / "sft")
-    assert "was begun with sha1 of --model = " in mistake(*other)  # same path, trained again
-    shutil.rmtree(tmp_path / "rl/model")
-    (tmp_path / "rl/training.pt").write_bytes(b"half")
-    (tmp_path / "rl/settings.json").write_text((trained / "rl/settings.json").read_text())
-    assert "training.pt: broken" in mistake(*rl(trained, tmp_path / "rl"))
 
 
 def test_generate_on_a_foreign_clip(data, trained, tmp_path, monkeypatch):
@@ -857,15 +802,8 @@ def test_generate_on_a_foreign_clip(data, trained, tmp_path, monkeypatch):
     said = good(*job)
     assert "answer:" in said and "Which ✓? bell, a hiss" in said and "(3.0 s)" in said
     assert run(*job, encoding="latin-1")[0] == 0
-    monkeypatch.setenv("WORLD_SIZE", "2")  # a cluster's: only trainings start processes
     monkeypatch.chdir(data.parent)  # without a clip: a held-out one of the toy
     assert "truth:" in good("generate")
-    monkeypatch.setenv("WORLD_SIZE", "")
-    assert echo.pick_device("cpu", train=True).type == "cpu"
-
-
-def accuracy(said):
-    return float(re.search(r"accuracy +(\S+)", said)[1])
 
 
 def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
@@ -881,13 +819,11 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
         return ["generate --temperature 1 --model", trained / "rl", "--audio-root", data,
                 "--benchmark", tmp_path / "rows.json", "--output", out, *more]
     mmau = [{"audio_id" if k == "audio_path" else k: v for k, v in row.items()} for row in rows]
-    said = good(*job(mmau))
-    assert 0 <= accuracy(said) == float(re.search(r"sound +(\S+)", said)[1]) <= 1
+    assert re.search(r"accuracy +(\S+)\nsound +\1\n", good(*job(mmau)))
     answers = "B", None, "A", None, mmau[4]["answer"]  # letters instead of choices, or nothing
     unknown = [row | {"answer": answer} for row, answer in zip(mmau, answers)]
     code, said, err = run(*job(unknown))  # the rest is scored
-    assert code == 0 and accuracy(said) in (0, 1)
-    assert err.count("none of its choices") == 2
+    assert code == 0 and re.search(r"accuracy +[01]\n", said) and "4 of 5 have no answer" in err
     whole = json.loads(out.read_text())
     mmar = [row | {"modality": "x", "sub-category": "y"} for row in rows]
     mmar[2]["audio_path"], mmar[3]["question"] = "./audio/gone.wav", "q " * 60_000
@@ -911,7 +847,7 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
     ("train_rl --listen twice", "argument --listen: invalid choice: 'twice'"),
     ("train_rl --temperature 0", "must be above 0"), ("train_rl --lr -1", "--lr -1.0: must be at"),
     ("train_rl --questions 3 --mini-batches 2", "must be a multiple of"),
-    ("train_rl --nothing", "unknown: --nothing"), ("train_rl --step 3", "unknown: --step 3"),
+    ("train_rl --step 3", "unknown: --step 3"),
     ("train_sft --clips bare.jsonl --out new", "row 1: 'A4_events' must be"),
     ("train_sft --clips few.jsonl --out new", "few.jsonl: 2 kinds of sound"),
     ("train_sft --decoder no/qwen --out new", "no/qwen"),
@@ -939,7 +875,7 @@ def test_checkpoints(model, qwen, whisper, tmp_path):
                                             encoder=str(whisper)))):
         save(saved, tmp_path / name)
         again = load(tmp_path / name)
-        assert again.config == saved.config and again.eos_ids == saved.eos_ids
+        assert again.config == saved.config
         assert torch.equal(*(m([dialogue(m)]) for m in (again, saved)))
         text = "<think>I look for the hum <seg>1.0, 2.0</seg>, the ✓"
         assert again.ids(text) == saved.ids(text)
@@ -973,7 +909,6 @@ def test_pretrained_stages_end_to_end(data, trained, qwen, whisper, tmp_path):
 
 
 # --------------------------------------------------------------------- kills and several processes
-
 def killed(job, file, number):
     """Send a signal to a job as soon as it has made a new save."""
     (name, *args), before = job, file.stat().st_mtime_ns if file.exists() else 0
@@ -997,6 +932,7 @@ def test_killed_and_run_again_ends_with_the_same_weights(trained, tmp_path, name
     folder = tmp_path / name
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         killed(jobs[name], folder / "training.pt", number)
+    assert "begun with other values of micro_batch" in mistake(*jobs[name], "--micro-batch", 3)
     (folder / "model.tmp").mkdir()  # as a kill in the middle of a save and of a line
     with open(folder / "log.jsonl", "a") as log:
         log.write('{"step": 9')
@@ -1004,20 +940,8 @@ def test_killed_and_run_again_ends_with_the_same_weights(trained, tmp_path, name
     went_on, log = weights(folder), untimed(folder)
     shutil.rmtree(folder)
     good(*jobs[name])
-    assert equal(weights(folder), went_on) and untimed(folder) == log
-
-
-def test_a_full_disk_is_one_line(trained, tmp_path):
-    """No file may grow beyond a limit; afterwards the same command goes on."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    job = rl(trained, tmp_path / "rl", "--save-every 1")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
-        assert "training.pt" in mistake(*job)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    good(*job)
-    assert equal(weights(tmp_path / "rl"), weights(trained / "rl"))
+    assert all(map(torch.equal, weights(folder).values(), went_on.values()))
+    assert untimed(folder) == log
 
 
 PLAIN = """import sys
@@ -1055,7 +979,6 @@ def test_two_processes_equal_one(trained, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- pages
-
 HOSTILE = "<script>document.title='pwned'</script><img src=x onerror='document.title=1'>&amp;"
 
 

@@ -10,13 +10,13 @@ value function (GRPO has none), epochs over the same rollouts, length filters.
 # SPDX-License-Identifier: MIT
 import copy
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from echo import (GRPO, EchoError, grpo_step, load, main, paper_reward, parse_settings,
-                  pick_device, processes, sha1, sum_over_processes)
+                  pick_device, processes, sum_over_processes)
 from generate import LISTEN, evaluate, measure, report_page
 from make_data import load_audio, read_questions
 from train_sft import Training, is_finished, linear_schedule
@@ -48,13 +48,13 @@ PRETRAINED = dict(steps=12, questions=32, group=6, lr=1e-5, projector_rate=0.2, 
                   micro_batch=8, save_every=3, bf16=torch.cuda.is_available())
 
 
-def train(policy, settings, depends_on):
+def train(policy, settings):
     reference = copy.deepcopy(policy).requires_grad_(False)
     rows = read_questions(settings.data, settings.audio_root)
     test = []
     if settings.test != "none":
         test = read_questions(settings.test, settings.audio_root)[:150]
-    training = Training(settings.out, policy, depends_on, {"projector": settings.projector_rate})
+    training = Training(settings.out, policy, settings, {"projector": settings.projector_rate})
     for step in training.steps(settings.steps, "grpo"):
         if step % settings.eval_every == 0:
             check(policy, training, test, settings)
@@ -105,10 +105,8 @@ def run():
     if settings.questions % multiple or settings.group < 2:
         raise EchoError(f"--questions {settings.questions}: must be a multiple of --mini-batches x "
                         f"processes, {multiple}, and --group at least 2")
-    depends_on = asdict(settings) | {"sha1 of --model": policy.sha1,
-                                     "sha1 of --data": sha1(settings.data)}
-    if not is_finished(settings.out, depends_on):
-        train(policy, settings, depends_on)
+    if not is_finished(settings.out):
+        train(policy, settings)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ goes on from its last save. Left out: packing of several rows into one sequence.
 """
 # SPDX-License-Identifier: MIT
 import functools
+import io
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from echo import (SAMPLE_RATE, THUMBNAIL_RATE, TOKENS_PER_SECOND, Config, Echo, EchoError, Segment,
                   SmallEncoder, batches, cut, load, main, optimizer_step, parse_settings,
-                  pick_device, processes, read_decoder, read_whisper, save, sft_loss, sha1,
+                  pick_device, processes, read_decoder, read_whisper, save, sft_loss,
                   split_segments, sum_over_processes)
 from make_data import (NUMBERS, QUESTIONS, can_ask, from_edge, load_audio, look_for, named, pick,
                        read_questions, read_rows, search, segment_of, then_comes, write_atomically,
@@ -65,7 +66,6 @@ PRETRAINED = dict(base_captions=100, base_instructions=300, base_lr=5e-5, sft_st
 PAPER_PROMPT = ("{question} Choose the answer from {choices}. Think step-by-step. Refer to the "
                 "specific audio segments while thinking, and indicate the corresponding "
                 "timestamps. Answer in the format of <think>...</think><answer>...</answer>.")
-WARMUP = 0.05  # share of a stage's steps, as in the paper
 
 
 # ---------------------------------------------------------------------------------- stage 1: SFT
@@ -78,7 +78,7 @@ def train_sft(model, training, settings):
         for i in training.batch(len(rows), settings.sft_batch):
             prompt = model.prompt(clips(rows[i].path), rows[i].question, rows[i].choices)
             samples.append(model.add_response(prompt, rows[i].row["cot"]))
-        lr = settings.sft_lr * linear_schedule(step, settings.sft_steps, WARMUP)
+        lr = settings.sft_lr * linear_schedule(step, settings.sft_steps)
         fit(model, training, samples, lr, settings.micro_batch)
 
 
@@ -96,7 +96,7 @@ def fit(model, training, samples, lr, micro_batch):
     training.log({"loss": sum_over_processes(total), "lr": lr}, show=("loss",), every=25)
 
 
-def linear_schedule(step, steps, warmup, final=0.0):
+def linear_schedule(step, steps, warmup=0.05, final=0.0):  # the paper's warm-up
     """Factor on the learning rate: linear warm-up over a share of the steps, linear to `final`."""
     up = (step + 1) / max(1, warmup * steps)
     return min(1.0, up, final + (1 - final) * (steps - step) / max(1, steps - warmup * steps))
@@ -108,24 +108,25 @@ class Training:
     all there is to save. `rates`: factors on the learning rate of parts of the module."""
 
     def __init__(self, folder, module, settings, rates={}):
-        self.folder, self.settings, self.step = Path(folder), settings, 0
+        self.folder, self.settings, self.step = Path(folder), asdict(settings), 0
         self.rank, self.world = processes()
-        self.device = next(module.parameters()).device
         self.trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
         groups = [{"params": [p], "rate": rates.get(k.split(".")[0], 1.0)}
                   for k, p in self.trained.items()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         self.file, log_bytes = self.folder / "training.pt", 0
         if self.file.is_file():
-            try:
-                saved = torch.load(self.file, map_location="cpu", weights_only=True)
-            except Exception:  # each way of being broken has its own
-                raise EchoError(f"{self.file}: broken; delete it to start again") from None
+            saved = torch.load(self.file, map_location="cpu", weights_only=True)
+            began = json.loads((self.folder / "settings.json").read_text())
+            other = [name for name, value in self.settings.items() if began.get(name) != value]
+            if other:
+                raise EchoError(f"{folder} was begun with other values of {', '.join(other)}; give "
+                                f"the same ones or another --out, or rm -r {folder}")
             module.load_state_dict(saved["trained"], strict=False)
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, log_bytes = saved["step"], saved["log_bytes"]
         if self.rank == 0:
-            write_atomically(self.folder / "settings.json", json.dumps(settings, indent=2))
+            write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=2))
             with open(self.folder / "log.jsonl", "ab") as log:
                 log.truncate(log_bytes)  # what came after the save happens again
 
@@ -142,10 +143,9 @@ class Training:
             saved = {"trained": {k: p.detach() for k, p in self.trained.items()},
                      "optimizer": self.optimizer.state_dict(), "step": self.step,
                      "log_bytes": (self.folder / "log.jsonl").stat().st_size}
-            try:
-                write_atomically(self.file, lambda file: torch.save(saved, file))
-            except RuntimeError as error:  # torch's own word for a full disk
-                raise EchoError(f"{self.file}: can't be written ({error})") from None
+            content = io.BytesIO()
+            torch.save(saved, content)
+            write_atomically(self.file, content.getbuffer())
 
     def finish(self, model):
         """Save the trained model; the save on the way is no longer needed."""
@@ -176,16 +176,9 @@ class Training:
             log.write(json.dumps(entry) + "\n")
 
 
-def is_finished(folder, settings):
-    """Has this folder its model? If it was begun with other settings, that is an error."""
-    folder, before = Path(folder), settings
-    finished = (folder / "model").is_dir()
-    if finished or (folder / "training.pt").is_file():
-        before = json.loads((folder / "settings.json").read_text())
-    for k, v in settings.items():
-        if k not in ("out", "device", "save_every") and before.get(k) != v:
-            raise EchoError(f"{folder} was begun with {k} = {before.get(k)}, now it is {v}; give "
-                            f"the same value or another --out, or rm -r {folder}")
+def is_finished(folder):
+    """Has this folder its model?"""
+    finished = (Path(folder) / "model").is_dir()
     if finished and processes()[0] == 0:
         print(f"{folder}: already trained (rm -r {folder} to train it again)")
     return finished
@@ -376,13 +369,14 @@ def train_encoder(detector, training, described, settings):
             for k in mine:
                 rng = np.random.default_rng([settings.seed, step, k])
                 i, start_s = places[rng.integers(len(places))]
-                pieces.append(cut(waves[i], Segment("", start_s, start_s + length_s)))
+                piece = cut(waves[i], Segment("", start_s, start_s + length_s))
+                pieces.append(F.pad(piece, (0, round(length_s * SAMPLE_RATE) - len(piece))))
                 labels.append(detector.labels(described[i][1], start_s, n, rate))
-            pieces, labels = (torch.stack(x).to(training.device) for x in (pieces, labels))
+            pieces, labels = (torch.stack(x).to(detector.names.device) for x in (pieces, labels))
             loss = detector(pieces, labels, rate == THUMBNAIL_RATE) * len(mine) / batch
             loss.backward()
             metrics[name] = sum_over_processes(loss.item())
-        training.set_lr(6e-3 * linear_schedule(step, settings.encoder_steps, WARMUP))
+        training.set_lr(6e-3 * linear_schedule(step, settings.encoder_steps))
         optimizer_step(training.optimizer)
         training.step += 1
         training.log(metrics, show=parts, every=25)
@@ -392,15 +386,14 @@ def train_encoder(detector, training, described, settings):
 def start_projector(model, detector, described):
     """Start the projector, by least squares, where an audio token looks like the words for what it
     holds."""
+    clips = features_of(model)
     x, y = [], []
+    first_rate = THUMBNAIL_RATE if model.config.thumbnail else TOKENS_PER_SECOND
     for path, events in tqdm(described[:300], "projector"):
-        wave = load_audio(path)
-        pieces = [(0.0, wave, model.config.thumbnail)]
-        for start_s, end_s in map(segment_of, events):
-            pieces.append((start_s, cut(wave, Segment("", start_s, end_s)), False))
-        for start_s, piece, thumbnail in pieces:
-            tokens, = model.hear([piece], thumbnail)
-            rate = THUMBNAIL_RATE if thumbnail else TOKENS_PER_SECOND
+        heard = [(clips(path), 0.0, first_rate)]
+        for times in map(segment_of, events):
+            heard.append((clips(path, times), times[0], TOKENS_PER_SECOND))
+        for tokens, start_s, rate in heard:
             labels = detector.labels(events, start_s, len(tokens), rate)
             x.append(F.pad(tokens.cpu(), (0, 1), value=1.0))
             y.append(detector.targets(labels).cpu())
@@ -425,7 +418,7 @@ def train_base(model, training, settings):
                 samples.append(short_clips(model, *described[i], clips, rng, kinds))
             else:
                 samples.append(whole_clip(model, *described[i], clips, rng, instruct))
-        lr = settings.base_lr * linear_schedule(step, steps, WARMUP)
+        lr = settings.base_lr * linear_schedule(step, steps)
         fit(model, training, samples, lr, settings.micro_batch)
 
 
@@ -476,33 +469,26 @@ def add_grounded(model, sample, text, path, clips, listen, place=True):
 
 
 # ---------------------------------------------------------------------------------- the stages
-STAGES = {"encoder": ("base_", "sft_", "projector_"),  # and flags that do not matter to it
-          "base": ("sft_",), "sft": ()}
-
-
 def run_stage(stage, settings, device):
     """Train one stage, from the model of the one before."""
     folder = Path(settings.out) / stage
-    depends_on = {k: v for k, v in asdict(settings).items() if not k.startswith(STAGES[stage])}
-    depends_on |= {"sha1 of --clips": sha1(settings.clips), "sha1 of --data": sha1(settings.data)}
-    if stage != "encoder":
-        model = load(folder.with_name({"base": "encoder", "sft": "base"}[stage]), device)
-        model.bf16 = settings.bf16
-        depends_on["sha1 of the stage before"] = model.sha1
-    if is_finished(folder, depends_on):
+    if is_finished(folder):
         return
-    if stage != "encoder":
-        training = Training(folder, model, depends_on, {"projector": settings.projector_rate})
-        {"base": train_base, "sft": train_sft}[stage](model, training, settings)
-    else:
+    if stage == "encoder":
         torch.manual_seed(settings.seed)
         described, kinds = read_clips(settings)
         model = new_model(settings, described).to(device)
         detector = Detector(model, kinds).to(device)
-        training = Training(folder, detector, depends_on)
+        training = Training(folder, detector, settings)
         if settings.encoder == "small":
             train_encoder(detector, training, described, settings)
         start_projector(model, detector, described)
+    else:
+        before, train = {"base": ("encoder", train_base), "sft": ("base", train_sft)}[stage]
+        model = load(folder.with_name(before), device)
+        model.bf16 = settings.bf16
+        training = Training(folder, model, settings, {"projector": settings.projector_rate})
+        train(model, training, settings)
     training.finish(model)
 
 
@@ -514,7 +500,7 @@ def run():
     smallest, (_, world) = min(4, settings.base_batch, settings.sft_batch), processes()
     if smallest < world:
         raise EchoError(f"{world} processes for a batch of {smallest}; start fewer")
-    for stage in STAGES:
+    for stage in ("encoder", "base", "sft"):
         run_stage(stage, settings, device)
 
 

@@ -92,8 +92,8 @@ def decoding(model, questions, waves):
     as_one = sum(ids == row.sample.ids for ids, row in zip(alone, rows[::8]))
     print(f"64 interleaved rollouts: {64 / together:.1f} responses a second, {ratio:.1f} times one "
           f"by one with re-prefill; same ids in {as_one} of 8")
-    eos, limit = model.eos_ids, model.config.max_new_tokens
-    model.eos_ids, model.config.max_new_tokens = set(), 40
+    eos, limit = model.tokenizer.eos_token_id, model.config.max_new_tokens
+    model.tokenizer.eos_token_id, model.config.max_new_tokens = None, 40
     ours = seconds(lambda: rollouts(model, questions, waves, None, 0.0))
     prompts = [model.prompt(features, q.question, q.choices)
                for features, q in zip(model.hear(waves, True), questions)]
@@ -102,7 +102,7 @@ def decoding(model, questions, waves):
         theirs = seconds(lambda: model.decoder.generate(
             inputs_embeds=x, attention_mask=mask, do_sample=False, min_new_tokens=40,
             max_new_tokens=40, pad_token_id=0))
-    model.eos_ids, model.config.max_new_tokens = eos, limit
+    model.tokenizer.eos_token_id, model.config.max_new_tokens = eos, limit
     print(f"64 rows of 40 tokens in text: {theirs / ours:.2f} times the speed of generate")
 
 
