@@ -75,7 +75,7 @@ class Config:
 @dataclass
 class Segment:
     """What a pair of tags asked for, and what came of it."""
-    text: str
+    tag: str
     start_s: float | None = None
     end_s: float | None = None
     heard: bool = False
@@ -83,26 +83,26 @@ class Segment:
 
 
 NUMBER = r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*"
-TIMES = re.compile(f"{NUMBER},{NUMBER}")  # 2, 2.5   .5,3
+TAG = re.compile(f"<seg>{NUMBER},{NUMBER}</seg>")  # <seg>2, 2.5</seg>
 
 
 def split_segments(text):
-    """Take a text apart at its closed tags: [(text before <seg>, text inside), ...], the rest.
-    Inside is None for a </seg> without a <seg> of its own."""
+    """Take a text apart at its closed tags: [(text before, "<seg>...</seg>"), ...], the rest. A
+    </seg> without a <seg> of its own is a tag, too."""
     *parts, rest = text.split("</seg>")
     pairs = []
     for part in parts:
-        before, tag, inside = part.rpartition("<seg>")
-        pairs.append((before, inside) if tag else (part, None))
+        at = part.rfind("<seg>") if "<seg>" in part else len(part)
+        pairs.append((part[:at], part[at:] + "</seg>"))
     return pairs, rest
 
 
-def parse_segment(inside, duration_s, turns=0, config=Config()):
-    """The text between <seg> and </seg> -> Segment, after `turns` heard ones; never raises.
-    What is wrong with it stands in `refused`."""
-    match = TIMES.fullmatch(inside or "")
+def parse_segment(tag, duration_s, turns=0, config=Config()):
+    """A closed tag -> Segment, after `turns` heard ones; never raises. What is wrong with it stands
+    in `refused`."""
+    match = TAG.fullmatch(tag)
     if not match:
-        return Segment(inside or "", refused="malformed")
+        return Segment(tag, refused="malformed")
     start_s, end_s = map(float, match.groups())
     if duration_s < end_s <= duration_s + config.end_slack_s:
         end_s = duration_s
@@ -113,7 +113,7 @@ def parse_segment(inside, duration_s, turns=0, config=Config()):
              "too long": length_s > config.max_segment_s + 1e-6,
              "too many turns": turns >= config.max_turns}
     refused = next((name for name, holds in wrong.items() if holds), None)
-    return Segment(inside, start_s, end_s, refused=refused)
+    return Segment(tag, start_s, end_s, refused=refused)
 
 
 # ================================================================= 2 text and audio in one sequence
@@ -272,16 +272,16 @@ class Rollout:
         return [s for s in self.segments if s.heard]
 
 
-def cut(wave, segment):
-    """A[s:e] of the paper: a Segment of a waveform (N,)."""
-    return wave[round(segment.start_s * SAMPLE_RATE):round(segment.end_s * SAMPLE_RATE)]
+def cut(wave, start_s, end_s):
+    """A[s:e] of the paper, of a waveform (N,)."""
+    return wave[round(start_s * SAMPLE_RATE):round(end_s * SAMPLE_RATE)]
 
 
 @torch.no_grad()
 def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
     """Decode a response to each question about its clip: in training, evaluation and use.
     questions: objects with .question and .choices; waves: their clips, (N,); listen: a function
-    (wave, segment) -> the waveform that is heard, or None to reason in text; temperature 0 is
+    (wave, start_s, end_s) -> the waveform that is heard, or None: text reasoning; temperature 0 is
     greedy; seeds: a number or a tuple of them for each response, None draws afresh. -> Rollouts."""
     rows = []
     room = model.decoder.config.max_position_embeddings // 2  # the rest: for the response
@@ -346,7 +346,8 @@ def add_token(model, row, token, logp, listen):
 
 def listen_again(model, rows, listen):
     """Append what each waiting row asked to hear: x' = x + o + enc(A[s:e]) of the paper."""
-    pieces = [listen(row.wave, row.segments[-1]) for row in rows]
+    asked = [row.segments[-1] for row in rows]
+    pieces = [listen(row.wave, s.start_s, s.end_s) for row, s in zip(rows, asked)]
     for row, features in zip(rows, model.hear(pieces)):
         row.sample.add_audio(features)
         row.waiting = False
@@ -617,10 +618,6 @@ def read_decoder(name):
         raise EchoError(f"{name}: {first_line(error)}") from None
     if decoder.config.model_type != "qwen2":
         raise EchoError(f"{name}: a {decoder.config.model_type} model; needed: a Qwen2 checkpoint")
-    room = decoder.get_input_embeddings().num_embeddings
-    if not 0 < len(tokenizer) <= room:
-        raise EchoError(f"{name}: a tokenizer of {len(tokenizer)} tokens for an embedding table of "
-                        f"{room}; is it the decoder's own?")
     return decoder, tokenizer
 
 
@@ -633,7 +630,7 @@ def read_whisper(name):
 def save(model, folder):
     """Write a model's folder whole or not at all: under a temporary name, then renamed."""
     folder = Path(folder)
-    temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
+    temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     model.decoder.save_pretrained(temporary)
@@ -645,11 +642,8 @@ def save(model, folder):
     torch.save(rest, temporary / "echo.pt")
     (temporary / "echo.json").write_text(json.dumps(dataclasses.asdict(model.config)))
     os.sync()  # all of it is on the disk before it has its name
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
+    shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(folder, device="cpu"):

@@ -31,14 +31,14 @@ from make_data import (Question, load_audio, read_questions, segment_of, wav_byt
                        write_atomically)
 
 
-def silence(wave, segment):
+def silence(wave, start_s, end_s):
     """A control: a segment's length of silence."""
-    return torch.zeros_like(cut(wave, segment))
+    return torch.zeros_like(cut(wave, start_s, end_s))
 
 
-def elsewhere(wave, segment):
+def elsewhere(wave, start_s, end_s):
     """A control: as long a piece, half a clip further on."""
-    return cut(wave.roll(-(len(wave) // 2)), segment)
+    return cut(wave.roll(-(len(wave) // 2)), start_s, end_s)
 
 
 LISTEN = {"segment": cut, "nothing": None, "silence": silence, "elsewhere": elsewhere}
@@ -136,9 +136,9 @@ def print_clip(q, rollout, seconds):
     """The question, the response with a mark where it stopped to listen, and the answer."""
     pairs, rest = split_segments(rollout.text)
     text, said = "", extract_answer(rollout.text)
-    for (before, inside), s in zip(pairs, rollout.segments):
+    for (before, tag), s in zip(pairs, rollout.segments):
         mark = f"listens to {s.start_s:.2f} to {s.end_s:.2f} s" if s.heard else s.refused
-        text += before + ("</seg>" if inside is None else f"<seg>{inside}</seg>") + f" [{mark}]"
+        text += f"{before}{tag} [{mark}]"
     truth = f"   truth: {q.answer}" if q.answer else ""
     print(f"{q.path} ({len(rollout.wave) / SAMPLE_RATE:.1f} s)\n{q.question} "
           f"{', '.join(q.choices)}\n\n{text}{rest}\n\nanswer: "
@@ -250,14 +250,13 @@ def response_html(rollout, seconds):
     """The response, a chip for every closed tag; and spans of the clip for what was heard."""
     pairs, rest = split_segments(rollout.text)
     response, spans = "", ""
-    for i, ((before, inside), s) in enumerate(zip(pairs, rollout.segments)):
-        tag = escape("</seg>" if inside is None else f"<seg>{inside}</seg>")
+    for i, ((before, tag), s) in enumerate(zip(pairs, rollout.segments)):
         if not s.heard:
-            chip = f'<span class="chip">{tag} &#10007; {escape(s.refused)}</span>'
+            chip = f'<span class="chip">{escape(tag)} &#10007; {s.refused}</span>'
         else:
             part = (f'data-start="{s.start_s}" data-end="{s.end_s}" style="--c:{COLOURS[i % 8]};'
                     f'left:{s.start_s / seconds:.2%};right:{1 - s.end_s / seconds:.2%}"')
-            chip = f'<button class="chip" {part} title="play this part">&#9654; {tag}</button>'
+            chip = f'<button class="chip" {part} title="play this">&#9654; {escape(tag)}</button>'
             spans += f'<div class="span" {part}></div>'  # left and right don't move the chip
         response += escape(before) + chip
     return response + escape(rest), spans

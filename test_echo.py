@@ -248,7 +248,7 @@ def test_prompt_writes_times_and_holds_any_text(tokenizer):
         "1.2.3, 4", "-1, 2", "1", "1, 2, 3", "", "a, b", "1e3, 2e3", "nan, inf", "2s, 3s",
         "0:01, 0:02", "٣, ٤"))])
 def test_segment_tags(text, want):
-    got = parse_segment(text, 39.97)
+    got = parse_segment(f"<seg>{text}</seg>", 39.97)
     assert (got.start_s, got.end_s, got.refused) == want
 
 
@@ -345,9 +345,9 @@ def test_inserted_audio_changes_what_follows_and_controls_differ(model, write):
         assert inserted == bool(row.heard_segments) == (name != "nothing")
         after.add(tuple(row.logprobs[closed:closed + 3]))
     assert len(after) == 4
-    ramp, segment = torch.arange(96_000.0), Segment("", 5.0, 6.0)
-    assert torch.equal(generate.silence(ramp, segment), torch.zeros(16_000))
-    assert torch.equal(generate.elsewhere(ramp, segment), torch.arange(32_000.0, 48_000.0))
+    ramp = torch.arange(96_000.0)
+    assert torch.equal(generate.silence(ramp, 5.0, 6.0), torch.zeros(16_000))
+    assert torch.equal(generate.elsewhere(ramp, 5.0, 6.0), torch.arange(32_000.0, 48_000.0))
     row, = respond(within(model, closed), [wave])
     assert (row.ended, row.segments[0].refused) == ("length", "at the limit of tokens")
     assert row.sample.ids[-1] != AUDIO
@@ -705,7 +705,8 @@ ROW = {"question": "q", "answer": "a", "audio_path": "x.wav", "multi_choice": ["
     (ROW | {"answer": "c"}, "row 1: the answer 'c' is not among the choices"),
     (json.dumps(ROW) + '\n{"question": \n', "line 2 column"), ('{\n"a": 1}', "a list of"),
     (json.dumps(ROW | {"question": "\ud83d"}), "not UTF-8"),
-    (ROW, "row 1: no such file"), ("[1]", "row 1"), ('[{"question": "q"', "not JSON"), ("", "no rows"), ("[]", "no rows"),
+    (ROW, "row 1: no such file"), ("[1]", "row 1"), ('[{"question": "q"', "not JSON"),
+    ("", "no rows"), ("[]", "no rows"),
     (b"\xff\xfe{\0}\0", "not UTF-8"), (b'{"question": "\xe9"}', "not UTF-8")])
 def test_broken_rows_are_one_line(tmp_path, content, says):
     content = json.dumps(content) if isinstance(content, dict) else content
@@ -883,8 +884,6 @@ def test_checkpoints(model, qwen, whisper, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["qwen", "tiny"]
     assert "no Echo checkpoint" in error_of(load, tmp_path)
     shutil.copytree(qwen[True], tmp_path / "small")
-    model.tokenizer.save_pretrained(tmp_path / "small")  # another, larger one
-    assert "is it the decoder's own?" in error_of(echo.read_decoder, tmp_path / "small")
     for file in (tmp_path / "small").glob("token*"):
         file.unlink()
     assert "small: " in error_of(echo.read_decoder, tmp_path / "small")

@@ -33,15 +33,15 @@ class Settings(GRPO):
     out: str = "runs/rl"        # folder for the log, the save and the model
     listen: Literal["segment", "nothing", "silence", "elsewhere"] = "segment"  # what is heard at a
                                 # tag; nothing: text reasoning; the last two are controls
-    steps: int = 50             # the paper: one epoch of 21.9k rows
-    questions: int = 8          # prompts a step; the paper: 64
-    lr: float = 1e-4            # the paper: 1e-6, for 7 billion parameters
+    steps: int = 25             # the paper: one epoch of 21.9k rows
+    questions: int = 16         # prompts a step; the paper: 64
+    lr: float = 1.5e-4          # the paper: 1e-6, for 7 billion parameters
     projector_rate: float = 1.0  # the projector's learning rate, as a factor
     bf16: bool = False          # bf16 arithmetic in the decoder
     seed: int = 0               # of the order of questions and of every draw
     device: str = "auto"        # cuda if there is one, else cpu
     eval_every: int = 25        # steps between evaluations, beside the first and the last
-    save_every: int = 20        # steps between saves
+    save_every: int = 10        # steps between saves
 
 # With a pretrained decoder the defaults are, as measured for the README:
 PRETRAINED = dict(steps=12, questions=32, group=6, lr=1e-5, projector_rate=0.2, mini_batches=1,

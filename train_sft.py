@@ -26,10 +26,10 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 
-from echo import (SAMPLE_RATE, THUMBNAIL_RATE, TOKENS_PER_SECOND, Config, Echo, EchoError, Segment,
-                  SmallEncoder, batches, cut, load, main, optimizer_step, parse_settings,
-                  pick_device, processes, read_decoder, read_whisper, save, sft_loss,
-                  split_segments, sum_over_processes)
+from echo import (SAMPLE_RATE, THUMBNAIL_RATE, TOKENS_PER_SECOND, Config, Echo, EchoError,
+                  SmallEncoder, batches, cut, load, main, optimizer_step, parse_segment,
+                  parse_settings, pick_device, processes, read_decoder, read_whisper, save,
+                  sft_loss, split_segments, sum_over_processes)
 from make_data import (NUMBERS, QUESTIONS, can_ask, from_edge, load_audio, look_for, named, pick,
                        read_questions, read_rows, search, segment_of, then_comes, write_atomically,
                        write_row)
@@ -44,7 +44,7 @@ class Settings:
     decoder: str = "tiny"            # or a Qwen2 checkpoint: a name or a local folder
     encoder: str = "small"           # or a Whisper checkpoint: a name or a local folder
     thumbnail: bool = True           # --no-thumbnail: the first listen is at the full rate
-    encoder_steps: int = 800         # of 32 segments and 4 whole clips
+    encoder_steps: int = 1000        # of 32 segments and 4 whole clips
     base_captions: int = 150         # steps
     base_instructions: int = 1300    # steps
     base_batch: int = 8
@@ -191,7 +191,7 @@ def features_of(model, keep=16_384):
     def features(path, times=None):
         wave = load_audio(path)
         if times:
-            wave = cut(wave, Segment("", *times))
+            wave = cut(wave, *times)
         if not len(wave):
             raise EchoError(f"{path}: the clip ends before its event at {times[0]} s")
         return model.hear([wave], first_listen=not times)[0]
@@ -369,7 +369,7 @@ def train_encoder(detector, training, described, settings):
             for k in mine:
                 rng = np.random.default_rng([settings.seed, step, k])
                 i, start_s = places[rng.integers(len(places))]
-                piece = cut(waves[i], Segment("", start_s, start_s + length_s))
+                piece = cut(waves[i], start_s, start_s + length_s)
                 pieces.append(F.pad(piece, (0, round(length_s * SAMPLE_RATE) - len(piece))))
                 labels.append(detector.labels(described[i][1], start_s, n, rate))
             pieces, labels = (torch.stack(x).to(detector.names.device) for x in (pieces, labels))
@@ -460,11 +460,12 @@ def add_grounded(model, sample, text, path, clips, listen, place=True):
     """Append a grounded text to learn; with `listen`, the audio of each segment after its tag, as
     decoding inserts it. place=False: the times in the tags are given, not to be learned."""
     pairs, rest = split_segments(text)
-    for said, times in pairs:
-        sample.add(model.ids(f"{said}<seg>"), trained=True)
-        sample.add(model.ids(f"{times}</seg>"), trained=place)
+    for said, tag in pairs:
+        sample.add(model.ids(said + "<seg>"), trained=True)
+        sample.add(model.ids(tag.removeprefix("<seg>")), trained=place)
         if listen:
-            sample.add_audio(clips(path, tuple(map(float, times.split(",")))))
+            segment = parse_segment(tag, math.inf)
+            sample.add_audio(clips(path, (segment.start_s, segment.end_s)))
     return model.add_response(sample, rest)
 
 

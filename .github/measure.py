@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import echo  # noqa: E402
-from echo import GRPO, Segment, cut, grpo_step, load, rollouts  # noqa: E402
+from echo import GRPO, cut, grpo_step, load, rollouts  # noqa: E402
 from generate import COLOURS, answer, measure  # noqa: E402
 from make_data import (load_audio, look_for, read_questions, read_rows, segment_of,  # noqa: E402
                        then_comes)
@@ -40,10 +40,9 @@ def probe(model, clips):
         wave = load_audio(Path("data") / clip["audio_path"])
         first = model.hear([wave], True)[0]
         for e in clip["A4_events"]:
-            segment = Segment("", *segment_of(e))
             start, end = (int(echo.THUMBNAIL_RATE * s) for s in segment_of(e))
             tokens["first-listen"].append(first[start:end].flatten())
-            tokens["full-rate"].append(model.hear([cut(wave, segment)])[0].flatten())
+            tokens["full-rate"].append(model.hear([cut(wave, *segment_of(e))])[0].flatten())
             pulses.append(e["pulses"])
     y, n = torch.tensor(pulses), len(pulses) * 4 // 5  # the last fifth is not trained on
     for name, x in tokens.items():
@@ -125,7 +124,7 @@ def chain(model, q, waves):
         if k:
             decisions.append((len(sample.ids), k < len(looks) - 1))
         sample.add(model.ids((" " if k else "<think>") + before + tag))
-        sample.add_audio(model.hear([cut(wave, Segment("", *segment_of(looks[k])))])[0])
+        sample.add_audio(model.hear([cut(wave, *segment_of(looks[k]))])[0])
         if k < len(looks) - 1:
             sample.add(model.ids(after))
     return sample, decisions
