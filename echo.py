@@ -18,7 +18,7 @@ A response is plain text, tags and all, as in this chain, from which stage 1 lea
     <think>the hum <seg>1.0, 2.5</seg> the hum has two pulses.</think><answer>two</answer>
 
 Stage 1, SFT, teaches to write tags: the clip is in the prompt, and no audio follows a tag. Stage 2,
-RL, teaches to gain from what the tags bring. Each is a loop around one function:
+RL, teaches to gain from what the tags bring. Each is a loop around these lines:
 
     prompt = policy.prompt(policy.hear([wave], first_listen=True)[0], question, choices)
     sft_loss(policy, [policy.add_response(prompt, chain), ...]).backward()
@@ -173,7 +173,7 @@ class Echo(nn.Module):
     def device(self):
         return self.projector.weight.device
 
-    def ids(self, text):
+    def tokenize(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     @torch.no_grad()
@@ -199,15 +199,15 @@ class Echo(nn.Module):
         for i in range(len(features)):
             sample.add_audio(features[i:i + 1])
             if i % every == 0:
-                sample.add(self.ids(f"{i / rate:.1f}"))
+                sample.add(self.tokenize(f"{i / rate:.1f}"))
         if choices:
             listed = json.dumps(choices, ensure_ascii=False)  # quoted: a choice may hold a comma
             question = self.config.prompt.format(question=question, choices=listed)
-        return sample.add(self.ids(f" {question}\n"))
+        return sample.add(self.tokenize(f" {question}\n"))
 
     def add_response(self, sample, text):
         """Append to the prompt, in place, a whole response to learn, with eos."""
-        return sample.add(self.ids(text) + [self.tokenizer.eos_token_id], trained=True)
+        return sample.add(self.tokenize(text) + [self.tokenizer.eos_token_id], trained=True)
 
     def embed(self, samples, since=None):
         """Each sample from index `since` on, its ids embedded, its audio projected, padded on the
@@ -223,8 +223,8 @@ class Echo(nn.Module):
 
     def hidden(self, x, mask, cache=None):
         """(B, T, D) embeddings -> last hidden states; `mask` (B, cached + T) marks the real tokens.
-        They have positions 0, 1, 2, ..., text and audio alike; padding takes none: mask 0 1 1 0 1,
-        positions 0 0 1 1 2. RoPE goes by positions, in a segment, too, causality by columns."""
+        They have positions 0, 1, 2, ..., text and audio alike, also within a segment; padding has
+        none of its own: mask 0 1 1 0 1, positions 0 0 1 1 2. What comes later, columns tell."""
         position = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1]:]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return self.decoder.model(
@@ -280,9 +280,9 @@ def cut(wave, start_s, end_s):
 @torch.no_grad()
 def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
     """Decode a response to each question about its clip: in training, evaluation and use.
-    questions: objects with .question and .choices; waves: their clips, (N,); listen: a function
-    (wave, start_s, end_s) -> the waveform that is heard, or None: text reasoning; temperature 0 is
-    greedy; seeds: a number or a tuple of them for each response, None draws afresh. -> Rollouts."""
+    questions: objects with .question and .choices; waves: their clips, (N,); listen(wave, start_s,
+    end_s) -> the waveform that is heard, listen=None: nothing is, text reasoning; temperature 0 is
+    greedy; seeds: a number or a tuple of them for each response, None: afresh. -> Rollouts."""
     rows = []
     room = model.decoder.config.max_position_embeddings // 2  # the rest: for the response
     for k, features in enumerate(model.hear(waves, first_listen=True)):
@@ -331,11 +331,11 @@ def add_token(model, row, token, logp, listen):
     row.text = model.tokenizer.decode(row.sample.sampled)  # anew: a letter may be two ids
     if len(row.logprobs) >= model.config.max_new_tokens:
         row.ended = "length"
-    pairs = split_segments(row.text)[0]
-    if len(pairs) == len(row.segments):
+    tags = [tag for _, tag in split_segments(row.text)[0]]
+    if len(tags) == len(row.segments):
         return
     duration_s = len(row.wave) / SAMPLE_RATE
-    segment = parse_segment(pairs[-1][1], duration_s, len(row.heard_segments), model.config)
+    segment = parse_segment(tags[-1], duration_s, len(row.heard_segments), model.config)
     if not segment.refused and not listen:
         segment.refused = "text reasoning"
     if not segment.refused and row.ended:
@@ -348,7 +348,7 @@ def listen_again(model, rows, listen):
     """Append what each waiting row asked to hear: x' = x + o + enc(A[s:e]) of the paper."""
     asked = [row.segments[-1] for row in rows]
     pieces = [listen(row.wave, s.start_s, s.end_s) for row, s in zip(rows, asked)]
-    for row, features in zip(rows, model.hear(pieces)):
+    for row, features in zip(rows, model.hear(pieces)):  # no first listen: at the full rate
         row.sample.add_audio(features)
         row.waiting = False
 
@@ -361,6 +361,7 @@ def extract_answer(text):
 
 
 def is_right(text, answer):
+    """Is this the text's answer, but for case, outer punctuation and spacing?"""
     extracted = extract_answer(text)
     return extracted is not None and same_answer(extracted, answer)
 
@@ -401,7 +402,7 @@ class GRPO:
 
 def group_advantages(rewards, eps=1e-4):
     """A_i = (R_i - mean(R)) / (std(R) + eps) within each group: (questions, G) -> (questions, G).
-    A flat group, its rewards all equal, gets 0 and teaches nothing."""
+    A flat group, its rewards all equal, gets 0, but for rounding, and teaches nothing."""
     mean, std = rewards.mean(1, keepdim=True), rewards.std(1, correction=0, keepdim=True)
     return (rewards - mean) / (std + eps)
 
@@ -436,31 +437,33 @@ def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, liste
 def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
     """`grpo.mini_batches` updates on the responses of one step. advantages: (responses,). What was
     sampled is trained: ids are never tokenised again, inserted audio has no loss, eos has one. Old
-    log-probs come from the same forward as the update's, not from decoding, which rounds otherwise,
-    in bf16 by too much for a ratio (logp_gap). Returns means over the tokens trained."""
-    def logp_of(model, some):
-        return model([responses[i].sample for i in some], grpo.temperature)
+    log-probs come from the same forward as the update's, not from decoding, whose rounding differs,
+    in bf16 by too much for a ratio (logp_gap). Returns means over the tokens trained, the entropy
+    estimated by -log p."""
+    def logp_of(model, batch):
+        return model([responses[i].sample for i in batch], grpo.temperature)
 
     shares = np.array_split(np.arange(len(responses)), grpo.mini_batches)
     # Without an advantage, as in a flat group, a response would add its KL alone. It is left out,
-    # unlike in the paper: a step of the toy is 1.8 times as fast. (1e-3: 0, but for rounding.)
+    # unlike in the paper: a step of the toy is 1.8 times as fast. (1e-3: for rounding.)
+    # An update is a list of micro-batches, each a list of indices into responses.
     updates = [batches([i for i in share if abs(advantages[i]) > 1e-3], grpo.micro_batch)
                for share in shares]
     with torch.no_grad():  # for all updates, before the first one changes the policy
-        old_logps = [[logp_of(policy, some) for some in update] for update in updates]
+        old_logps = [[logp_of(policy, batch) for batch in update] for update in updates]
     seen = {name: [] for name in ("loss", "kl", "clip_share", "entropy", "logp_gap")}
-    for share, update, olds in zip(shares, updates, old_logps):
+    for share, update, old_batches in zip(shares, updates, old_logps):
         n_responses = sum_over_processes(len(share))
-        for some, old_logp in zip(update, olds):
-            logp = logp_of(policy, some)
+        for batch, old_logp in zip(update, old_batches):
+            logp = logp_of(policy, batch)
             with torch.no_grad():
-                ref_logp = logp_of(reference, some)
-            lengths = [len(responses[i].logprobs) for i in some]
-            advantage = torch.cat([advantages[i].repeat(n) for i, n in zip(some, lengths)])
+                ref_logp = logp_of(reference, batch)
+            lengths = [len(responses[i].logprobs) for i in batch]
+            advantage = torch.cat([advantages[i].repeat(n) for i, n in zip(batch, lengths)])
             loss, k3, clipped = grpo_loss(logp, old_logp, ref_logp, advantage, grpo)
-            # the paper's mean: over a response's tokens, then over all responses
+            # the paper's mean: over a response's tokens, then over all responses, left out or not
             (sum(part.mean() for part in loss.split(lengths)) / n_responses).backward()
-            sampled = torch.cat([logp.new_tensor(responses[i].logprobs) for i in some])
+            sampled = torch.cat([logp.new_tensor(responses[i].logprobs) for i in batch])
             for name, x in {"loss": loss, "kl": k3, "clip_share": clipped, "entropy": -sampled,
                             "logp_gap": (old_logp - sampled).abs()}.items():
                 seen[name] += x.tolist()
@@ -572,7 +575,7 @@ class SmallEncoder(nn.Module):
 class WhisperEncoder(nn.Module):
     """The encoder of a Whisper checkpoint, pooled to 25 tokens a second. It keeps its windows of
     30 s, padding included: it attends to the padding, and without it the tokens would not be those
-    it was trained to give. A thumbnail averages mel power over half a second, as above."""
+    it was trained to give. A thumbnail averages mel power as above, at the end with padding."""
 
     def __init__(self, whisper, extractor):
         super().__init__()
@@ -585,7 +588,8 @@ class WhisperEncoder(nn.Module):
                                   return_tensors="pt").input_features  # (1, n_mels, 3000)
         if thumbnail:
             power = 10 ** (4 * (features - 1))  # features: log10(power) / 4 + 1, 100 a second
-            power = F.avg_pool1d(power, 50).repeat_interleave(50, dim=2)
+            size = 100 // THUMBNAIL_RATE
+            power = F.avg_pool1d(power, size).repeat_interleave(size, dim=2)
             features = power.log10() / 4 + 1
         rate = THUMBNAIL_RATE if thumbnail else TOKENS_PER_SECOND
         x = self.whisper(features.to(wave.device)).last_hidden_state   # (1, 1500, dim), 50 a second

@@ -181,7 +181,7 @@ def dialogue(model, seed=0, seconds=3.0):
     """A prompt, some text, a re-listened segment, more text and eos."""
     wave = noise(seconds, seed)
     sample = model.prompt(model.hear([wave], True)[0], "How many pulses?", ["two", "three"])
-    sample.add(model.ids("<think>I look for the hum <seg>0.5, 1.5</seg>"), trained=True)
+    sample.add(model.tokenize("<think>I look for the hum <seg>0.5, 1.5</seg>"), trained=True)
     sample.add_audio(model.hear([wave[8000:24_000]])[0])
     return model.add_response(sample, " the hum has two pulses.</think><answer>two</answer>")
 
@@ -277,7 +277,7 @@ def write(monkeypatch):
     """write(model, texts): make the row with seed i write texts[i], by replacing what is sampled
     and nothing else."""
     def write(model, texts):
-        ids = [[*model.ids(text), model.tokenizer.eos_token_id] for text in texts]
+        ids = [[*model.tokenize(text), model.tokenizer.eos_token_id] for text in texts]
 
         def sample_tokens(logits, rows, temperature):
             logp = (logits / (temperature or 1.0)).log_softmax(-1)
@@ -337,7 +337,7 @@ def test_rows_wait_for_each_other_but_not_for_the_last(model, write, monkeypatch
 
 def test_inserted_audio_changes_what_follows_and_controls_differ(model, write):
     wave, after = noise(3.0), set()
-    closed = len(model.ids(TEXTS[0].partition("</seg>")[0] + "</seg>"))
+    closed = len(model.tokenize(TEXTS[0].partition("</seg>")[0] + "</seg>"))
     write(model, TEXTS)
     for name, listen in generate.LISTEN.items():
         row, = respond(model, [wave], listen=listen)
@@ -543,12 +543,12 @@ def test_a_pretrained_decoder_writes_tags_as_ordinary_text(qwen, write):
              "a <seg>9, 10</seg>, <seg>0, 0.2</seg> b"]
     want = ["<think>a <seg>0, 0.2</seg>,{0} it <seg>0, .4</seg></{0}{0}think><answer>two</answer>",
             "a <seg>9, 10</seg>, <seg>0, 0.2</seg>{0} b"]
-    pieces = [model.tokenizer.decode([i]) for i in model.ids(texts[0])]
+    pieces = [model.tokenizer.decode([i]) for i in model.tokenize(texts[0])]
     assert "</seg>" not in pieces and ">," in pieces and "></" in pieces
     write(model, texts)
     for k, r in enumerate(respond(within(model, 200), [noise(1.0)] * 2)):
         new, on = r.sample.ids[n_prompt(r):], r.sample.trained[n_prompt(r):]
-        assert [i for i, sampled in zip(new, on) if sampled] == [*model.ids(texts[k]), 1]
+        assert [i for i, sampled in zip(new, on) if sampled] == [*model.tokenize(texts[k]), 1]
         assert spelled(model, new[:-1]) == want[k].format("[audio]" * 5) and r.text == texts[k]
         assert [s.heard for s in r.segments] == [k == 0, True]
         assert torch.allclose(model([r.sample]), torch.tensor(r.logprobs), atol=1e-4)
@@ -879,7 +879,7 @@ def test_checkpoints(model, qwen, whisper, tmp_path):
         assert again.config == saved.config
         assert torch.equal(*(m([dialogue(m)]) for m in (again, saved)))
         text = "<think>I look for the hum <seg>1.0, 2.0</seg>, the ✓"
-        assert again.ids(text) == saved.ids(text)
+        assert again.tokenize(text) == saved.tokenize(text)
     save(saved, tmp_path / "qwen")  # over itself
     assert sorted(p.name for p in tmp_path.iterdir()) == ["qwen", "tiny"]
     assert "no Echo checkpoint" in error_of(load, tmp_path)

@@ -308,7 +308,7 @@ class Detector(nn.Module):
         self.kinds, self.encoder = kinds, model.encoder.requires_grad_(True)
         table = model.decoder.get_input_embeddings().weight.detach()
         self.names, self.numbers = (torch.stack(
-            [*(table[model.ids(" " + word)].mean(0) for word in words), 0 * table[0]])
+            [*(table[model.tokenize(" " + word)].mean(0) for word in words), 0 * table[0]])
             for words in ([*kinds, "and"], NUMBERS.values()))
         self.words = nn.Linear(model.encoder.dim, table.shape[1])
         self.pulses = nn.Linear(model.encoder.dim, len(NUMBERS))
@@ -461,8 +461,8 @@ def add_grounded(model, sample, text, path, clips, listen, place=True):
     decoding inserts it. place=False: the times in the tags are given, not to be learned."""
     pairs, rest = split_segments(text)
     for said, tag in pairs:
-        sample.add(model.ids(said + "<seg>"), trained=True)
-        sample.add(model.ids(tag.removeprefix("<seg>")), trained=place)
+        sample.add(model.tokenize(said + "<seg>"), trained=True)
+        sample.add(model.tokenize(tag.removeprefix("<seg>")), trained=place)
         if listen:
             segment = parse_segment(tag, math.inf)
             sample.add_audio(clips(path, (segment.start_s, segment.end_s)))

@@ -123,10 +123,10 @@ def chain(model, q, waves):
         before, tag, after = said.partition("</seg>")
         if k:
             decisions.append((len(sample.ids), k < len(looks) - 1))
-        sample.add(model.ids((" " if k else "<think>") + before + tag))
+        sample.add(model.tokenize((" " if k else "<think>") + before + tag))
         sample.add_audio(model.hear([cut(wave, *segment_of(looks[k]))])[0])
         if k < len(looks) - 1:
-            sample.add(model.ids(after))
+            sample.add(model.tokenize(after))
     return sample, decisions
 
 
@@ -134,7 +134,7 @@ def chain(model, q, waves):
 def decisions(model, questions, waves):
     """On true chains: how often " I look ..." or " Right ..." is likelier where it is right."""
     right = {True: [], False: []}
-    go, stop = model.ids(" I")[0], model.ids(" Right")[0]
+    go, stop = model.tokenize(" I")[0], model.tokenize(" Right")[0]
     for q in questions:
         sample, where = chain(model, q, waves)
         logits = model.logits(model.hidden(*model.embed([sample]))[0])
