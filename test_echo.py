@@ -142,6 +142,13 @@ def test_wav_formats(tmp_path, bits, coding, channels, rate):
         assert len(got) == 16_000 and np.abs(gap[800:15_000]).max() < 0.02
 
 
+def test_wav_extensible(tmp_path):
+    header = struct.pack("<HHIIHHHHIH14x", 0xFFFE, 1, 16_000, 32_000, 2, 16, 22, 16, 4, 1)
+    body = b"WAVEfmt " + struct.pack("<I", 40) + header + b"data\4\0\0\0\0\x40\0\xc0"
+    (tmp_path / "a.wav").write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
+    assert load_audio(tmp_path / "a.wav").tolist() == [0.5, -0.5]
+
+
 @pytest.mark.parametrize("content,says", [
     (None, "No such file"), (b"ID3\x03" + b"\0" * 100, "'a-16k.wav'"), (wav(b""), "empty"),
     (wav(b"\0" * 50, says=100), "50 of 100 bytes"),
@@ -455,13 +462,14 @@ def test_grpo_update_against_a_plain_double_loop(model, write, monkeypatch, micr
 
 
 def test_grpo_step_pairs_each_response_with_its_question_and_group(model, write, monkeypatch):
-    """Three responses to each of two questions; what earned more becomes likelier."""
+    """Three responses to each of three questions, none right for the last; what earned more in its
+    group becomes likelier."""
     texts = ["<answer>hum</answer>", "<answer>bell</answer>", "<answer>two</answer>"]
     write(model, texts)
-    policy, questions = copy.deepcopy(model), [Asked("first", ["hum", "bell"], "hum"),
-                                               Asked("second", ["hum", "bell"], "bell")]
-    seeds = [(7, k, g) for k in range(2) for g in range(3)]
-    waves, advantages = [noise(1.0), noise(2.0)], []
+    policy = copy.deepcopy(model)
+    questions = [Asked(answer * 3, ["hum", "bell"], answer) for answer in ("hum", "bell", "gong")]
+    seeds = [(7, k, g) for k in range(3) for g in range(3)]
+    waves, advantages = [noise(1.0), noise(2.0), noise(3.0)], []
     update = echo.grpo_update
     monkeypatch.setattr(echo, "grpo_update", lambda *a: advantages.append(a[4]) or update(*a))
     before, after = [], []
@@ -469,10 +477,10 @@ def test_grpo_step_pairs_each_response_with_its_question_and_group(model, write,
         responses, parts, _ = echo.grpo_step(policy, model, sgd(policy, 0.1), questions, waves,
                                              seeds, GRPO(group=3, mini_batches=1))
         out += [sum(r.logprobs) for r in responses]
-    assert [r.text for r in responses] == texts * 2
-    assert [len(r.wave) for r in responses] == [16_000] * 3 + [32_000] * 3
-    assert [p["accuracy"] for p in parts] == [0.5, 0, 0, 0, 0.5, 0]
-    want = [1.414, -0.707, -0.707, -0.707, 1.414, -0.707]
+    assert [r.text for r in responses] == texts * 3
+    assert [len(r.wave) for r in responses] == [16_000] * 3 + [32_000] * 3 + [48_000] * 3
+    assert [p["accuracy"] for p in parts] == [0.5, 0, 0, 0, 0.5, 0, 0, 0, 0]
+    want = [1.414, -0.707, -0.707, -0.707, 1.414, -0.707, 0, 0, 0]
     assert advantages[0].tolist() == pytest.approx(want, abs=1e-2)
     assert np.dot(want, np.array(after) - before) > 0.1  # along the gradient
 
