@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -730,6 +731,7 @@ def test_features_belong_to_their_segment(model, tmp_path):
         assert torch.equal(features(tmp_path / "a.wav"), model.hear([wave], True)[0])
         segment = features(tmp_path / "a.wav", (0.2, 0.6))
         assert torch.equal(segment, model.hear([wave[3200:9600]])[0])
+    assert "ends before its event at 5 s" in error_of(features, tmp_path / "a.wav", (5, 6))
 
 
 # ------------------------------------------------------------------------- the scripts, end to end
@@ -760,6 +762,10 @@ def untimed(folder):
 
 def weights(folder):
     return load(folder).state_dict()
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope="session")
@@ -811,8 +817,11 @@ def test_generate_on_a_foreign_clip(data, trained, tmp_path, monkeypatch):
     said = good(*job)
     assert "answer:" in said and "Which ✓? bell, a hiss" in said and "(3.0 s)" in said
     assert run(*job, encoding="latin-1")[0] == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a cluster's: only trainings start processes
     monkeypatch.chdir(data.parent)  # without a clip: a held-out one of the toy
     assert "truth:" in good("generate")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert echo.pick_device("cpu", train=True).type == "cpu"
 
 
 def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
@@ -947,8 +956,20 @@ def test_killed_and_run_again_ends_with_the_same_weights(trained, tmp_path, name
     went_on, log = weights(folder), untimed(folder)
     shutil.rmtree(folder)
     good(*jobs[name])
-    assert all(map(torch.equal, weights(folder).values(), went_on.values()))
-    assert untimed(folder) == log
+    assert equal(weights(folder), went_on) and untimed(folder) == log
+
+
+def test_a_full_disk_is_one_line(trained, tmp_path):
+    """No file may grow beyond a limit; afterwards the same command goes on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    job = rl(trained, tmp_path / "rl", "--save-every 1")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        assert "training.pt" in mistake(*job)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    good(*job)
+    assert equal(weights(tmp_path / "rl"), weights(trained / "rl"))
 
 
 PLAIN = """import sys

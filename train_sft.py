@@ -116,12 +116,12 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         self.file, log_bytes = self.folder / "training.pt", 0
         if self.file.is_file():
-            saved = torch.load(self.file, map_location="cpu", weights_only=True)
             began = json.loads((self.folder / "settings.json").read_text())
             other = [name for name, value in self.settings.items() if began.get(name) != value]
             if other:
                 raise EchoError(f"{folder} was begun with other values of {', '.join(other)}; give "
                                 f"the same ones or another --out, or rm -r {folder}")
+            saved = torch.load(self.file, map_location="cpu", weights_only=True)
             module.load_state_dict(saved["trained"], strict=False)
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, log_bytes = saved["step"], saved["log_bytes"]

@@ -205,7 +205,7 @@ def curve():
         return left + (right - left) * step / steps[-1]
 
     def up(share):
-        return bottom - (bottom - top) * (max(share, low) - low) / (1 - low)
+        return bottom - (bottom - top) * (share - low) / (1 - low)
     for (name, said), colour in zip(names.items(), COLOURS):
         seeds = [[e[name] for e in log if e["seed"] == s] for s in sorted({e["seed"] for e in log})]
         mean = [sum(values) / len(values) for values in zip(*seeds)]
