@@ -2,16 +2,16 @@
 
 The whole method, A being a clip and q a question about it:
 
-    x = prompt(A, q)                               # the clip, heard once, and the question
+    x = prompt(A, q)                       # the clip, heard once and coarsely, and the question
     until the response o ends with eos (or is too long):
-        o += sample(policy(x + o))                 # one token of text
+        o += sample(policy(x + o))         # one token of text
         if o closes <seg>s, e</seg>:
-            o += enc(A[s:e])                       # hear that part of the ORIGINAL waveform again
+            o += enc(A[s:e])               # hear that part of the ORIGINAL waveform again, finely
     R     = format + consistency + accuracy + segment          # the four rewards of a response
     adv   = (R - mean R) / std R                               # within the group of one question
-    ratio = p(o) / p_old(o)                                    # of each sampled token
+    ratio = p(o) / p_old(o)                # of each sampled token; old: before the step's updates
     loss  = -min(ratio adv, clamp(ratio) adv) + kl_weight k3   # GRPO, arXiv 2402.03300; k3: the
-                                                               # KL to the SFT policy, per token
+                                           # KL to the SFT policy, estimated for each token
 
 A response is plain text, tags and all, as in this chain, from which stage 1 learns:
 
@@ -49,7 +49,7 @@ import torchaudio
 import transformers
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers.models.whisper import modeling_whisper
+from transformers.models.whisper.modeling_whisper import WhisperEncoder as TheirWhisperEncoder
 
 SAMPLE_RATE = 16_000    # Hz, of every waveform
 TOKENS_PER_SECOND = 25  # of audio at the full rate
@@ -68,7 +68,6 @@ class Config:
     end_slack_s: float = 0.1      # an end this far past the clip is taken as the clip's end
     max_turns: int = 8            # segments heard in one response, as in the paper
     max_new_tokens: int = 100     # sampled tokens of a response
-    prompt: str = "{question} Choose from {choices}."
 
 
 # =================================================================================== 1 segment tags
@@ -92,7 +91,8 @@ def split_segments(text):
     *parts, rest = text.split("</seg>")
     pairs = []
     for part in parts:
-        at = part.rfind("<seg>") if "<seg>" in part else len(part)
+        at = part.rfind("<seg>")
+        at = at if at >= 0 else len(part)
         pairs.append((part[:at], part[at:] + "</seg>"))
     return pairs, rest
 
@@ -125,8 +125,8 @@ AUDIO = -1  # stands in the ids where an audio token does; no id of any vocabula
 class Sample:
     """Text and audio as one sequence: the input of SFT, of a rollout and of its update."""
     ids: list = field(default_factory=list)       # token ids, AUDIO for each audio token
-    trained: list = field(default_factory=list)   # has this id a loss? In a rollout: what was
-                                                  # sampled; never AUDIO
+    trained: list = field(default_factory=list)   # True: has a loss (SFT: a response; rollout:
+                                                  # sampled ids). False: a prompt, audio
     audio: list = field(default_factory=list)     # features (encoder dim,) where the id is AUDIO,
                                                   # else None
 
@@ -142,7 +142,7 @@ class Sample:
 
     @property
     def sampled(self):
-        """The ids of a rollout without its prompt and without audio."""
+        """The ids of a rollout without its prompt and without audio, eos included."""
         return [i for i, trained in zip(self.ids, self.trained) if trained]
 
 
@@ -192,7 +192,7 @@ class Echo(nn.Module):
             [audio]0.0[audio]0.5[audio]1.0 ... How many pulses has the hum? Choose from ...
 
         features: (n, encoder dim) of the first listen; [] for a question without a clip. After each
-        token stands the time at which it starts; at the full rate after each second's first."""
+        token stands the time at which it starts; at the full rate once a second."""
         sample = Sample()
         rate = THUMBNAIL_RATE if self.config.thumbnail else TOKENS_PER_SECOND
         every = 1 if self.config.thumbnail else rate
@@ -202,7 +202,7 @@ class Echo(nn.Module):
                 sample.add(self.tokenize(f"{i / rate:.1f}"))
         if choices:
             listed = json.dumps(choices, ensure_ascii=False)  # quoted: a choice may hold a comma
-            question = self.config.prompt.format(question=question, choices=listed)
+            question = f"{question} Choose from {listed}."
         return sample.add(self.tokenize(f" {question}\n"))
 
     def add_response(self, sample, text):
@@ -211,7 +211,8 @@ class Echo(nn.Module):
 
     def embed(self, samples, since=None):
         """Each sample from index `since` on, its ids embedded, its audio projected, padded on the
-        left, so that the last column holds the newest of each row: x (B, T, D), mask (B, T)."""
+        left, so that the last column holds the newest of each row: x (B, T, D), and the mask of
+        these columns alone, (B, T)."""
         since = since or [0] * len(samples)
         new = [s.ids[start:] for s, start in zip(samples, since)]
         audio = [a for s, start in zip(samples, since) for a in s.audio[start:] if a is not None]
@@ -224,7 +225,7 @@ class Echo(nn.Module):
     def hidden(self, x, mask, cache=None):
         """(B, T, D) embeddings -> last hidden states; `mask` (B, cached + T) marks the real tokens.
         They have positions 0, 1, 2, ..., text and audio alike, also within a segment; padding has
-        none of its own: mask 0 1 1 0 1, positions 0 0 1 1 2. What comes later, columns tell."""
+        none of its own: mask 0 1 1 0 1, positions 0 0 1 1 2. What is causal, columns decide."""
         position = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1]:]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return self.decoder.model(
@@ -285,13 +286,16 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
     greedy; seeds: a number or a tuple of them for each response, None: afresh. -> Rollouts."""
     rows = []
     room = model.decoder.config.max_position_embeddings // 2  # the rest: for the response
-    for k, features in enumerate(model.hear(waves, first_listen=True)):
-        prompt = model.prompt(features, questions[k].question, questions[k].choices)
-        draws = np.random.default_rng(seeds[k] if seeds else None)
-        rows.append(Rollout(prompt, waves[k], draws))
+    seeds = seeds or [None] * len(waves)
+    heard = model.hear(waves, first_listen=True)
+    for features, q, wave, seed in zip(heard, questions, waves, seeds, strict=True):
+        prompt = model.prompt(features, q.question, q.choices)
+        rows.append(Rollout(prompt, wave, np.random.default_rng(seed)))
         if len(prompt.ids) > room:
-            rows[k].ended = "prompt too long"
-    with keep_bf16_weights(model.device):  # for speed alone
+            rows[-1].ended = "prompt too long"
+    # for speed alone: autocast drops its bf16 copies of the weights when the outermost context
+    # ends; this one, itself off, keeps them from token to token
+    with torch.autocast(model.device.type, enabled=False):
         decode(model, [row for row in rows if not row.ended], listen, temperature)
     return rows
 
@@ -310,13 +314,13 @@ def decode(model, rows, listen, temperature):
         for row in rows:
             row.cached = len(row.sample.ids)
         running = [k for k, row in enumerate(rows) if not row.waiting and not row.ended]
-        active = [rows[k] for k in running]  # never empty, by the last rule below
+        active = [rows[k] for k in running]  # their last column is real; there is one at least
         tokens, logprobs = sample_tokens(model.logits(hidden[running]), active, temperature)
         for row, token, logp in zip(active, tokens, logprobs):
             add_token(model, row, token, logp, listen)
         waiting = [row for row in rows if row.waiting]
         unfinished = [row for row in rows if not row.ended]
-        if 2 * len(waiting) >= len(unfinished):
+        if 2 * len(waiting) >= len(unfinished):  # so, if all wait, too
             listen_again(model, waiting, listen)
 
 
@@ -341,7 +345,8 @@ def add_token(model, row, token, logp, listen):
     if not segment.refused and row.ended:
         segment.refused = "at the limit of tokens"
     row.segments.append(segment)
-    segment.heard = row.waiting = not segment.refused  # a refused row goes on, and is not told
+    segment.heard = not segment.refused  # in listen_again(), before the row goes on
+    row.waiting = segment.heard          # one that is refused is not told
 
 
 def listen_again(model, rows, listen):
@@ -374,8 +379,8 @@ def format_reward(text):
 
 def consistency_reward(text):
     """-0.1 for every </seg> followed by a capital or a tag (the paper), or by no word before the
-    next tag (here); at least -0.5."""
-    after = [part.split("<")[0].strip() for part in text.split("</seg>")[1:]]  # "": a tag is next
+    next tag or the end (here); at least -0.5."""
+    after = [part.split("<")[0].strip() for part in text.split("</seg>")[1:]]  # said before a tag
     broken_off = sum(not re.search(r"\w", said) or said[0].isupper() for said in after)
     return max(-0.5, -0.1 * broken_off)
 
@@ -386,7 +391,7 @@ def paper_reward(rollout, answer):
     return {"format": format_reward(rollout.text),
             "consistency": consistency_reward(rollout.text),
             "accuracy": 0.5 * right,
-            "segment": 0.5 * (right and bool(rollout.heard_segments))}
+            "segment": 0.5 * (right and bool(rollout.heard_segments))}  # whichever it was
 
 
 # =========================================================================================== 6 GRPO
@@ -435,21 +440,22 @@ def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, liste
 
 
 def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
-    """`grpo.mini_batches` updates on the responses of one step. advantages: (responses,). What was
-    sampled is trained: ids are never tokenised again, inserted audio has no loss, eos has one. Old
-    log-probs come from the same forward as the update's, not from decoding, whose rounding differs,
-    in bf16 by too much for a ratio (logp_gap). Returns means over the tokens trained, the entropy
-    estimated by -log p."""
+    """`grpo.mini_batches` updates, each on its share of a step's responses: in the first one the
+    ratio is 1. advantages: (responses,). What was sampled is trained: ids are never tokenised
+    again, inserted audio has no loss, eos has one. Returns means over the tokens trained, the
+    entropy estimated by -log p."""
     def logp_of(model, batch):
         return model([responses[i].sample for i in batch], grpo.temperature)
 
     shares = np.array_split(np.arange(len(responses)), grpo.mini_batches)
     # Without an advantage, as in a flat group, a response would add its KL alone. It is left out,
     # unlike in the paper: a step of the toy is 1.8 times as fast. (1e-3: for rounding.)
-    # An update is a list of micro-batches, each a list of indices into responses.
+    # updates[update][micro-batch]: indices into responses; old_logps alike: (tokens,)
     updates = [batches([i for i in share if abs(advantages[i]) > 1e-3], grpo.micro_batch)
                for share in shares]
-    with torch.no_grad():  # for all updates, before the first one changes the policy
+    # all before the first update, and not from decoding, whose rounding differs, in bf16 by too
+    # much for a ratio (logp_gap)
+    with torch.no_grad():
         old_logps = [[logp_of(policy, batch) for batch in update] for update in updates]
     seen = {name: [] for name in ("loss", "kl", "clip_share", "entropy", "logp_gap")}
     for share, update, old_batches in zip(shares, updates, old_logps):
@@ -463,9 +469,9 @@ def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
             loss, k3, clipped = grpo_loss(logp, old_logp, ref_logp, advantage, grpo)
             # the paper's mean: over a response's tokens, then over all responses, left out or not
             (sum(part.mean() for part in loss.split(lengths)) / n_responses).backward()
-            sampled = torch.cat([logp.new_tensor(responses[i].logprobs) for i in batch])
-            for name, x in {"loss": loss, "kl": k3, "clip_share": clipped, "entropy": -sampled,
-                            "logp_gap": (old_logp - sampled).abs()}.items():
+            decoded = torch.cat([logp.new_tensor(responses[i].logprobs) for i in batch])
+            for name, x in {"loss": loss, "kl": k3, "clip_share": clipped, "entropy": -decoded,
+                            "logp_gap": (old_logp - decoded).abs()}.items():
                 seen[name] += x.tolist()
         optimizer_step(optimizer)
     n = sum_over_processes(len(seen["loss"])) or 1
@@ -503,12 +509,6 @@ def sample_tokens(logits, rows, temperature):
     else:
         token = logp.argmax(-1, keepdim=True)
     return token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist()
-
-
-def keep_bf16_weights(device):
-    """For speed: autocast drops its bf16 copies of the weights when the outermost context ends.
-    This one, itself off, is the outermost, so that they last from token to token."""
-    return torch.autocast(device.type, enabled=False)
 
 
 def batches(items, size):
@@ -566,7 +566,7 @@ class SmallEncoder(nn.Module):
         power = self.mel(waves)[..., :math.ceil(waves.shape[1] / self.HOP)]  # (B, n_mels, frames)
         if thumbnail:
             power = F.avg_pool1d(power, 100 // THUMBNAIL_RATE, ceil_mode=True)
-            power = power.repeat_interleave(4, dim=2)                  # 4 frames make one token
+            power = power.repeat_interleave(4, dim=2)       # of 4 frames the convolutions make one
         x = power.clamp_min(1e-6).log10() + 2                          # about centred on 0
         x = F.gelu(self.conv2(F.gelu(self.conv1(x)))).transpose(1, 2)  # (B, n, dim)
         return self.norm(self.gru(x)[0])
@@ -637,14 +637,17 @@ def save(model, folder):
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    model.decoder.save_pretrained(temporary)
-    model.tokenizer.save_pretrained(temporary)
-    if isinstance(model.encoder, WhisperEncoder):
-        model.encoder.whisper.config.save_pretrained(temporary / "encoder")
-        model.encoder.extractor.save_pretrained(temporary / "encoder")
     rest = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
-    torch.save(rest, temporary / "echo.pt")
-    (temporary / "echo.json").write_text(json.dumps(dataclasses.asdict(model.config)))
+    try:
+        model.decoder.save_pretrained(temporary)
+        model.tokenizer.save_pretrained(temporary)
+        if isinstance(model.encoder, WhisperEncoder):
+            model.encoder.whisper.config.save_pretrained(temporary / "encoder")
+            model.encoder.extractor.save_pretrained(temporary / "encoder")
+        torch.save(rest, temporary / "echo.pt")
+        (temporary / "echo.json").write_text(json.dumps(dataclasses.asdict(model.config)))
+    except Exception as error:  # for a full disk each library has its own
+        raise EchoError(f"{folder}: can't be written ({first_line(error)})") from None
     os.sync()  # all of it is on the disk before it has its name
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
@@ -662,7 +665,7 @@ def load(folder, device="cpu"):
     if config.encoder != "small":
         settings = transformers.WhisperConfig.from_pretrained(folder / "encoder")
         encoder = WhisperEncoder(
-            modeling_whisper.WhisperEncoder(settings),
+            TheirWhisperEncoder(settings),
             transformers.WhisperFeatureExtractor.from_pretrained(folder / "encoder"))
     model = Echo(config, encoder, *read_decoder(folder))
     rest = torch.load(folder / "echo.pt", map_location="cpu", weights_only=True)
@@ -711,15 +714,12 @@ def main(run):
             torch.distributed.destroy_process_group()
 
 
-def pick_device(name, train=False):
-    """The device of this process; for a training under torchrun the processes find each other."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise EchoError(f"--device {name}: {first_line(error)}") from None
-    if device.type == "cuda":
+def pick_device(train=False):
+    """The device of this process, a GPU if there is one; for a training under torchrun the
+    processes find each other."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if train and int(os.environ.get("WORLD_SIZE") or 1) > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")

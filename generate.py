@@ -5,22 +5,21 @@
     python generate.py --benchmark data/test.jsonl --output runs/test.json
     python generate.py --html trace.html                       # with any of these: a page of it
 
-Decoding is the very function that train_rl.py rolls out with. Left out: streaming, several
-questions in one conversation, sampling several answers and voting.
+Decoding is the very function that train_rl.py rolls out with, but greedy. Left out: sampling,
+streaming, several questions in one conversation.
 """
 # SPDX-License-Identifier: MIT
 import base64
 import json
 import struct
 import sys
-import time
-import zlib
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 import torchaudio
 from tqdm import tqdm
 
@@ -52,9 +51,6 @@ class Settings:
     model: str = "runs/rl"           # checkpoint folder
     listen: Literal["segment", "nothing", "silence", "elsewhere"] = "segment"  # what is heard at a
                                      # tag; nothing: text reasoning; the last two are controls
-    temperature: float = 0.0         # 0: greedy, as in the README; the paper samples at 0.7
-    seed: int = 0                    # of the draws
-    device: str = "auto"             # cuda if there is one, else cpu
     bf16: bool = False               # bf16 arithmetic in the decoder
     benchmark: str = ""              # a data file: toy, native, MMAR or MMAU rows
     output: str = ""                 # a file for the answered rows
@@ -64,8 +60,8 @@ class Settings:
 
 
 # ---------------------------------------------------------------------------------- evaluation
-def answer(model, questions, listen=cut, temperature=0.0, seed=0, batch=50):
-    """A Rollout for each Question; one whose clip can't be read has `ended` say why."""
+def answer(model, questions, listen=cut, batch=50):
+    """A greedy Rollout for each Question; one whose clip can't be read has `ended` say why."""
     responses = []
     for some in tqdm(batches(questions, batch), "answers", leave=False, disable=processes()[0] > 0):
         waves, rows = {}, {}
@@ -74,20 +70,10 @@ def answer(model, questions, listen=cut, temperature=0.0, seed=0, batch=50):
                 waves[k] = load_audio(q.path)
             except (EchoError, OSError) as error:
                 rows[k] = Rollout(Sample(), None, None, ended=str(error))
-        seeds = [(seed, len(responses) + k) for k in waves]
         rows |= zip(waves, rollouts(model, [some[k] for k in waves], list(waves.values()), listen,
-                                    temperature, seeds))
+                                    temperature=0.0))
         responses += [rows[k] for k in range(len(some))]
     return responses
-
-
-def evaluate(model, questions, listen=cut):
-    """The metrics of greedy answers to all questions, which are split over the processes; their
-    names begin with eval_, as in a training's log."""
-    rank, world = processes()
-    mine = questions[rank::world]
-    metrics = measure(mine, answer(model, mine, listen), {q.category for q in questions})
-    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def overlap(segment, event):
@@ -99,7 +85,7 @@ def overlap(segment, event):
 
 def measure(questions, responses, categories=()):
     """The metrics of the responses of all processes; the README defines each. One without a case,
-    such as the mean length of no segments, is left out."""
+    such as the hits of no segments, is left out."""
     counts = {name: [0, 0] for name in ("accuracy", *sorted(categories))}
     for q, r in zip(questions, responses):
         for name in {"accuracy", q.category} & counts.keys():
@@ -109,14 +95,12 @@ def measure(questions, responses, categories=()):
     searched = [(q, r) for q, r in zip(questions, responses) if "listen_to" in q.row]  # the toy's
     pairs = [pair for q, r in searched for pair in zip(r.heard_segments, q.row["listen_to"])]
     heard = sum(len(r.heard_segments) for _, r in searched)
-    lengths = [s.end_s - s.start_s for s in segments if s.heard]
+    n_heard = sum(s.heard for s in segments)
     counts |= {"hits": (sum((s.start_s, s.end_s) == segment_of(e) for s, e in pairs), heard),
                "iou": (sum(overlap(s, e) for s, e in pairs), heard),
-               "segments": (len(lengths), n),
-               "segment_s": (sum(lengths), len(lengths)),
-               "rejected": (len(segments) - len(lengths), len(segments)),
+               "segments": (n_heard, n),
+               "rejected": (len(segments) - n_heard, len(segments)),
                "truncated": (sum(r.ended == "length" for r in responses), n),
-               "no_answer": (sum(extract_answer(r.text) is None for r in responses), n),
                "length": (sum(len(r.logprobs) for r in responses), n),
                "audio_tokens": (sum(r.sample.ids.count(AUDIO) for r in responses), n)}
     sums = {name: [*map(sum_over_processes, pair)] for name, pair in counts.items()}
@@ -132,7 +116,7 @@ def trace(rollout):
             "segments": [asdict(s) for s in rollout.segments], "ended": rollout.ended}
 
 
-def print_clip(q, rollout, seconds):
+def print_clip(q, rollout):
     """The question, the response with a mark where it stopped to listen, and the answer."""
     pairs, rest = split_segments(rollout.text)
     text, said = "", extract_answer(rollout.text)
@@ -142,14 +126,13 @@ def print_clip(q, rollout, seconds):
     truth = f"   truth: {q.answer}" if q.answer else ""
     print(f"{q.path} ({len(rollout.wave) / SAMPLE_RATE:.1f} s)\n{q.question} "
           f"{', '.join(q.choices)}\n\n{text}{rest}\n\nanswer: "
-          f"{said or f'(none, ended: {rollout.ended})'}{truth}   ({seconds:.1f} s)")
+          f"{said or f'(none, ended: {rollout.ended})'}{truth}")
 
 
 def use(model, settings):
     """Answer a question or a file of them; returns the exit code, 1 if one could not be answered.
     Without either it is a held-out question of the toy."""
-    one = Question({}, Path(settings.clip), settings.question, settings.choices, None, "")
-    questions, began = [one], time.time()
+    questions = [Question({}, Path(settings.clip), settings.question, settings.choices, None, "")]
     if settings.benchmark:
         questions = read_questions(settings.benchmark, settings.audio_root, needs=())
     elif not settings.clip:
@@ -157,8 +140,7 @@ def use(model, settings):
         questions = [q for q in toy if q.category == "find"][:1]
     elif not settings.question:
         raise EchoError("--clip: needs --question, and perhaps --choices a b c d")
-    responses = answer(model, questions, LISTEN[settings.listen], settings.temperature,
-                       settings.seed, settings.batch)
+    responses = answer(model, questions, LISTEN[settings.listen], settings.batch)
     broken = [f"{q.row.get('id', q.path)}: {r.ended}" for q, r in zip(questions, responses)
               if not r.logprobs]
     if broken and not settings.benchmark:
@@ -171,7 +153,7 @@ def use(model, settings):
         metrics = measure(questions, responses, {q.category for q in questions})
         print("\n".join(f"{name:<16}{value:8.4g}" for name, value in metrics.items()))
     else:
-        print_clip(questions[0], responses[0], time.time() - began)
+        print_clip(questions[0], responses[0])
     if settings.output:
         rows = [q.row | trace(r) for q, r in zip(questions, responses)]
         write_atomically(settings.output, json.dumps(rows, ensure_ascii=False, indent=2))
@@ -194,7 +176,7 @@ body{margin:auto;padding:1rem;max-width:60rem;font:16px/1.5 system-ui,sans-serif
 .spectrogram{position:relative}img{width:100%;height:12rem;display:block}audio{width:100%}
 .span{position:absolute;top:0;bottom:0;box-sizing:border-box;border:solid var(--c);
 border-width:0 2px;background:color-mix(in srgb,var(--c) 27%,#0000)}
-.response,svg{background:#8881;border-radius:8px}svg text{fill:#777;font-size:11px}
+.response,svg{background:#8881;border-radius:8px;stroke-width:2}
 .response{padding:.8rem;overflow-wrap:anywhere;white-space:pre-wrap}
 .chip{font:inherit;color:#777;border:1px dashed;border-radius:1rem;padding:0 .6rem}
 button.chip{color:#fff;background:var(--c);border:0;cursor:pointer}
@@ -217,33 +199,17 @@ def write_page(path, title, body):
     print(f"wrote {path}", file=sys.stderr)
 
 
-def spectrogram_png(wave):
-    """A grey PNG of the log-mel power of a waveform, 60 dB, low pitches at the bottom."""
+def spectrogram_bmp(wave):
+    """A grey BMP of the log-mel power of a waveform, 60 dB, low pitches at the bottom."""
     mel = torchaudio.transforms.MelSpectrogram(
         SAMPLE_RATE, 1024, hop_length=max(1, len(wave) // 600), n_mels=64, pad_mode="constant")
     db = torchaudio.transforms.AmplitudeToDB(top_db=60)(mel(wave))
-    pixels = (((db - db.max()) / 60 + 1).flip(0) * 255).byte().numpy()
-
-    def chunk(name, raw):
-        return struct.pack(">I", len(raw)) + name + raw + struct.pack(">I", zlib.crc32(name + raw))
-    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 0, 0, 0, 0)
-    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
-            + chunk(b"IEND", b""))
-
-
-def chart(line, width=320, height=130):
-    """An SVG line chart of [(x, y), ...]."""
-    xs, ys = zip(*line)
-    x0, y0, y1 = min(xs), min(0.0, *ys), max(1e-9, *ys)
-    left, top, bottom = 56, 8, height - 24
-    across, up = (width - 10 - left) / max(1, max(xs) - x0), (bottom - top) / (y1 - y0)
-    at = " ".join(f"{left + across * (x - x0):.1f},{bottom - up * (y - y0):.1f}" for x, y in line)
-    return (f'<svg viewBox="0 0 {width} {height}">'
-            f'<polyline points="{at}" fill="none" stroke="{COLOURS[0]}" stroke-width="2"/>'
-            f'<text x="{left}" y="{height - 6}">step {x0:g} to {max(xs):g}</text>'
-            f'<text x="4" y="{bottom}">{y0:.3g}</text>'
-            f'<text x="4" y="{top + 8}">{y1:.3g}</text></svg>')
+    db = F.interpolate(db[None], 600)[0]  # a row of a BMP has a multiple of 4 bytes
+    pixels = (((db - db.max()) / 60 + 1) * 255).byte().numpy()
+    header = struct.pack("<2s6I2H6I", b"BM", 1078 + pixels.size, 0, 1078, 40, 600, 64, 1, 8, 0,
+                         pixels.size, 0, 0, 256, 0)
+    greys = b"".join(struct.pack("4B", grey, grey, grey, 0) for grey in range(256))
+    return header + greys + pixels.tobytes()
 
 
 def response_html(rollout, seconds):
@@ -269,10 +235,10 @@ def trace_html(q, rollout):
     response, spans = response_html(rollout, seconds)
     verdict = "" if not q.answer else "right" if same_answer(said, q.answer) else "wrong"
     ticks = "".join(f"<span>{seconds * i / 6:.1f} s</span>" for i in range(7))
-    picture = base64.b64encode(spectrogram_png(wave)).decode()
+    picture = base64.b64encode(spectrogram_bmp(wave)).decode()
     sound = base64.b64encode(wav_bytes(wave.numpy().clip(-1, 1))).decode()
     return f"""<div class="clip"><div class="spectrogram">
-<img alt="spectrogram" src="data:image/png;base64,{picture}">{spans}</div>
+<img alt="spectrogram" src="data:image/bmp;base64,{picture}">{spans}</div>
 <div class="axis">{ticks}</div><audio controls src="data:audio/wav;base64,{sound}"></audio>
 <p><b>{escape(q.question)}</b> {escape(", ".join(q.choices))}</p>
 <div class="response">{response}</div>
@@ -281,15 +247,20 @@ truth: {escape(q.answer or "?")}, ended: {rollout.ended}</p></div>"""
 
 
 def report_page(folder):
-    """report.html in a run's folder: a chart for each metric of its log."""
+    """report.html in a run's folder: a line chart for each metric of its log."""
     log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    cards = ""
-    for name in dict.fromkeys(name for entry in log for name in entry):
-        line = [(entry["step"], entry[name]) for entry in log if name in entry]
-        if name != "step" and any(y for _, y in line):
-            cards += f"<div><b>{escape(name)}</b>{chart(line)}</div>"
-    write_page(Path(folder) / "report.html", f"How {folder} learned",
-               f'<div class="grid">{cards}</div>')
+    last = max([1, *(entry["step"] for entry in log)])
+    charts = ""
+    for name in dict.fromkeys(name for entry in log for name in entry if name != "step"):
+        values = {entry["step"]: entry[name] for entry in log if name in entry}
+        low, high = min(0.0, *values.values()), max(0.0, *values.values()) or 1.0
+        at = " ".join(f"{300 * step / last:.1f},{100 * (high - y) / (high - low):.1f}"
+                      for step, y in values.items())
+        charts += (f'<div><b>{escape(name)}</b> {low:.3g} to {high:.3g}'
+                   f'<svg viewBox="-3 -3 306 106"><polyline points="{at}" fill="none" '
+                   f'stroke="{COLOURS[0]}"/></svg></div>')
+    write_page(Path(folder) / "report.html", f"How {folder} learned, {last} steps",
+               f'<div class="grid">{charts}</div>')
 
 
 def run():
@@ -297,7 +268,7 @@ def run():
     for flag, needs in (("output", "benchmark"), ("question", "clip"), ("choices", "clip")):
         if getattr(settings, flag) and not getattr(settings, needs):
             raise EchoError(f"--{flag}: needs --{needs}")
-    model = load(settings.model, pick_device(settings.device))
+    model = load(settings.model, pick_device())
     model.bf16 = settings.bf16
     return use(model, settings)
 

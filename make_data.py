@@ -209,59 +209,50 @@ def then_comes(event):
     return f"Right after it {heard(event)}"
 
 
-def search(events, i):
-    """What must be listened to until event i is found: the sounds of its kind up to it."""
-    return [e for e in events[:i + 1] if e["kind"] == events[i]["kind"]]
-
-
-def can_ask(category, events, i):
-    """Is event i the only one that a question of the category can mean? To find names its speed,
-    too, which tells it from the others of its kind, three at most."""
-    kind = events[i]["kind"]
-    speeds = [SPEEDS[e["pulses"]] for e in events if e["kind"] == kind]
-    if category != "count" and i + 1 == len(events):
-        return False
-    if category != "find":
-        return len(speeds) == 1
-    return len(speeds) <= 3 and speeds.count(SPEEDS[events[i]["pulses"]]) == 1
-
-
-def named(category, event):
-    return (SPEEDS[event["pulses"]] + " " if category == "find" else "") + event["kind"]
+def questions_about(events):
+    """Every question that a clip can answer: its category, the name of the sound in question, how
+    many sounds come into consideration, answer, grounded chain, and the events that the chain
+    listens to. A name must mean one sound: to find, it has the speed, too, which only listening
+    tells; of its kind there are three at most, and the others have the other speed."""
+    rows = []
+    for category, form in QUESTIONS.items():
+        for i, event in enumerate(events):
+            alike = [e for e in events if e["kind"] == event["kind"]]
+            name, meant = event["kind"], alike  # the sounds that the name can mean
+            if category == "find":
+                speed = SPEEDS[event["pulses"]]
+                name, meant = f"{speed} {name}", [e for e in alike if SPEEDS[e["pulses"]] == speed]
+            after = events[i + 1:] if category != "count" else [event]
+            if len(meant) > 1 or len(alike) > 3 or not after:
+                continue
+            looks = alike[:alike.index(event) + 1]
+            steps, target = look_for(looks), after[0]
+            if category != "count":
+                steps.append(then_comes(target))
+                looks.append(target)
+            answer = target["kind"] if category == "order" else NUMBERS[target["pulses"]]
+            cot = f"<think>{' '.join(steps)}</think><answer>{answer}</answer>"
+            rows.append({"question": form.format(name), "answer": answer, "cot": cot,
+                         "category": category, "name": name, "candidates": len(alike),
+                         "listen_to": looks})
+    return rows
 
 
 def pick(category, events, rng):
-    """An event to ask about; to find one of those of which there are most."""
-    good = [i for i in range(len(events)) if can_ask(category, events, i)]
-    if category == "find":
-        kinds = [e["kind"] for e in events]
-        most = max(kinds.count(kinds[i]) for i in good)
-        good = [i for i in good if kinds.count(kinds[i]) == most]
-    return int(rng.choice(good))
-
-
-def question_about(category, events, i):
-    """The question of a category about event i, its answer, a grounded chain, and the events that
-    the chain listens to; keys as in published rows."""
-    looks = search(events, i)
-    steps, target = look_for(looks), events[i]
-    if category != "count":
-        target = events[i + 1]
-        looks.append(target)
-        steps.append(then_comes(target))
-    answer = target["kind"] if category == "order" else NUMBERS[target["pulses"]]
-    return {"question": QUESTIONS[category].format(named(category, events[i])), "answer": answer,
-            "cot": f"<think>{' '.join(steps)}</think><answer>{answer}</answer>", "listen_to": looks}
+    """A question of a category; to find, among as many sounds as there are."""
+    rows = [row for row in questions_about(events) if row["category"] == category]
+    most = max(row["candidates"] for row in rows)
+    return rng.choice([row for row in rows if row["candidates"] == most])
 
 
 def write_row(category, events, rng, kinds=SYNTHETIC):
-    """A question of a category about a clip, and four choices."""
-    i = pick(category, events, rng)
-    row = question_about(category, events, i)
+    """A question of a category about a clip, and four choices; keys as in published rows."""
+    true = pick(category, events, rng)
     pool = kinds if category == "order" else NUMBERS.values()
-    wrong = [x for x in pool if x not in (row["answer"], events[i]["kind"])]
-    choices = rng.permutation([row["answer"], *rng.choice(wrong, 3, replace=False)])
-    return {"question": row["question"], "multi_choice": list(map(str, choices))} | row
+    wrong = [x for x in pool if x not in (true["answer"], true["name"])]
+    choices = rng.permutation([true["answer"], *rng.choice(wrong, 3, replace=False)])
+    return {"question": true["question"], "multi_choice": list(map(str, choices)),
+            **{k: true[k] for k in ("answer", "cot", "listen_to", "category")}}
 
 
 # ---------------------------------------------------------------------------------- planted faults
@@ -292,9 +283,8 @@ def plant(fault, row, kinds, rng):
 def judge(row, events):
     """[QA valid] and [CoT valid]: which set a row belongs to, and what is wrong with it. The truth
     is rebuilt from the events: every question that the clip can answer, with answer and chain."""
-    asked = [question_about(category, events, i) for category in QUESTIONS
-             for i in range(len(events)) if can_ask(category, events, i)]
-    truth = next((true for true in asked if true["question"] == row["question"]), None)
+    asked = {true["question"]: true for true in questions_about(events)}
+    truth = asked.get(row["question"])
     if not truth:
         return "discarded", "the question has no known form, or no answer in this clip"
     if len(set(row["multi_choice"])) != 4 or truth["answer"] not in row["multi_choice"]:
@@ -307,40 +297,37 @@ def judge(row, events):
 
 
 # ---------------------------------------------------------------------------------- the pipeline
-def make_clips(settings, split, n_clips, sounds):
-    """Write the WAV files of a split; returns A1 to A5 of each clip."""
-    clips = []
-    for i in tqdm(range(n_clips), f"{split} clips"):
-        rng = np.random.default_rng([settings.seed, ("train", "test").index(split), i])
-        samples, events = synthesise(rng, sounds, settings.clip_s)
-        path = f"audio/{split}/{i:05d}.wav"
-        write_atomically(Path(settings.out) / path, wav_bytes(samples))
-        kinds = ", ".join(f"a {e['kind']}" for e in events)
-        clips.append({"id": f"{split}-{i:05d}", "audio_path": path,
-                      "A1_description": f"A recording with {kinds}.", "A2_speech": "none",
-                      "A3_music": "none", "A4_events": events, "A5_duration_s": settings.clip_s})
-    return clips
-
-
-def make_rows(clips, kinds, seed, qa_faults=0.0, cot_faults=0.0):
-    """A row of each category for each clip, and the fault planted in it: [(row, clip, fault)]."""
+def make_clip(settings, split, i, recordings, kinds):
+    """Write the WAV file of a clip; its A1 to A5, and a row of each category with its generator."""
+    number = ("train", "test").index(split)
+    rng = np.random.default_rng([settings.seed, number, i])
+    samples, events = synthesise(rng, recordings, settings.clip_s)
+    name, path = f"{split}-{i:05d}", f"audio/{split}/{i:05d}.wav"
+    write_atomically(Path(settings.out) / path, wav_bytes(samples))
+    said = ", ".join(f"a {e['kind']}" for e in events)
+    clip = {"id": name, "audio_path": path, "A1_description": f"A recording with {said}.",
+            "A2_speech": "none", "A3_music": "none", "A4_events": events,
+            "A5_duration_s": settings.clip_s}
     rows = []
-    for i, clip in enumerate(clips):
-        for k, category in enumerate(QUESTIONS):
-            rng = np.random.default_rng([*seed, i, k])
-            row = {"id": f"{clip['id']}-{category}", "audio_path": clip["audio_path"],
-                   **write_row(category, clip["A4_events"], rng, kinds), "category": category}
-            draw, fault, faults = rng.random(), "intact", {}
-            if draw < qa_faults:
-                faults = QA_FAULTS
-            elif draw < qa_faults + cot_faults * len(row["listen_to"]):
-                faults = COT_FAULTS
-            possible = [f for f in faults if re.search(faults[f], json.dumps(row))]
-            if possible:
-                fault = str(rng.choice(possible))
-                row = plant(fault, row, kinds, rng)
-            rows.append((row, clip, fault))
-    return rows
+    for k, category in enumerate(QUESTIONS):
+        rng = np.random.default_rng([settings.seed, 2 + number, i, k])
+        row = write_row(category, events, rng, kinds)
+        rows.append(({"id": f"{name}-{category}", "audio_path": path, **row}, rng))
+    return clip, rows
+
+
+def plant_some(row, kinds, rng):
+    """A known share of the rows gets a fault: the row, and the fault's name."""
+    draw, faults = rng.random(), {}
+    if draw < QA_FAULT_SHARE:
+        faults = QA_FAULTS
+    elif draw < QA_FAULT_SHARE + COT_FAULT_SHARE * len(row["listen_to"]):
+        faults = COT_FAULTS
+    possible = [f for f in faults if re.search(faults[f], json.dumps(row))]
+    if not possible:
+        return row, "intact"
+    fault = str(rng.choice(possible))
+    return plant(fault, row, kinds, rng), fault
 
 
 def without(row, *keys):
@@ -353,23 +340,28 @@ def run():
         sounds = read_sounds(settings.sounds, settings.hold_out, settings.seed)
     if settings.clip_s < 6 or settings.clip_s % CELL_S:
         raise EchoError(f"--clip-s {settings.clip_s}: needed: 6 or more, in whole half seconds")
-    kinds, seed = sorted(sounds[0] or SYNTHETIC), settings.seed
-    clips = make_clips(settings, "train", settings.train_clips, sounds[0])
-    test_clips = make_clips(settings, "test", settings.test_clips, sounds[1])
-    test = [without(row, "cot") for row, _, _ in make_rows(test_clips, kinds, [seed, 3])]
-    sets, verdicts = {"sft": [], "rl": [], "discarded": []}, Counter()
-    for row, clip, fault in make_rows(clips, kinds, [seed, 2], QA_FAULT_SHARE, COT_FAULT_SHARE):
-        verdict, wrong = judge(row, clip["A4_events"])
-        row = without(row, "category", "listen_to", "cot" if verdict == "rl" else "")
-        sets[verdict].append(row | {"reason": wrong} if verdict == "discarded" else row)
-        verdicts[fault, verdict] += 1
-    for name, items in {"clips": clips, **sets, "test": test}.items():
-        lines = "".join(json.dumps(item) + "\n" for item in items)
+    kinds = sorted(sounds[0] or SYNTHETIC)
+    clips, test, verdicts = [], [], Counter()
+    sets = {"sft": [], "rl": [], "discarded": []}
+    for i in tqdm(range(settings.train_clips), "train clips"):
+        clip, rows = make_clip(settings, "train", i, sounds[0], kinds)
+        clips.append(clip)
+        for row, rng in rows:
+            row, fault = plant_some(row, kinds, rng)
+            verdict, wrong = judge(row, clip["A4_events"])
+            row = without(row, "category", "listen_to", "cot" if verdict == "rl" else "")
+            sets[verdict].append(row | {"reason": wrong} if verdict == "discarded" else row)
+            verdicts[fault, verdict] += 1
+    for i in tqdm(range(settings.test_clips), "test clips"):
+        _, rows = make_clip(settings, "test", i, sounds[1], kinds)
+        test += [without(row, "cot") for row, _ in rows]
+    for name, rows in {"clips": clips, **sets, "test": test}.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(Path(settings.out) / f"{name}.jsonl", lines)
     print(f"\n{'planted':<18}" + "".join(f"{'-> ' + verdict:>14}" for verdict in sets))
     for fault in ("intact", *QA_FAULTS, *COT_FAULTS):
         print(f"{fault:<18}" + "".join(f"{verdicts[fault, verdict]:>14}" for verdict in sets))
-    print(f"\ntest: {len(test)} questions on {len(test_clips)} clips of their own. A row:\n"
+    print(f"\ntest: {len(test)} questions on {settings.test_clips} clips of their own. A row:\n"
           f"{json.dumps((sets['sft'] + test)[0], indent=2)}")
 
 
@@ -395,9 +387,7 @@ def wav_bytes(samples):
     """(N,) float samples in [-1, 1] as the bytes of a 16-bit mono WAV file."""
     data = io.BytesIO()
     with wave.open(data, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(SAMPLE_RATE)
+        file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))  # mono, two bytes a sample
         file.writeframes((np.asarray(samples) * 32767).round().astype("<i2").tobytes())
     return data.getvalue()
 

@@ -17,7 +17,7 @@ import torch
 
 from echo import (GRPO, EchoError, grpo_step, load, main, paper_reward, parse_settings,
                   pick_device, processes, sum_over_processes)
-from generate import LISTEN, evaluate, measure, report_page
+from generate import LISTEN, answer, measure, report_page
 from make_data import load_audio, read_questions
 from train_sft import Training, is_finished, linear_schedule
 
@@ -39,7 +39,6 @@ class Settings(GRPO):
     projector_rate: float = 1.0  # the projector's learning rate, as a factor
     bf16: bool = False          # bf16 arithmetic in the decoder
     seed: int = 0               # of the order of questions and of every draw
-    device: str = "auto"        # cuda if there is one, else cpu
     eval_every: int = 25        # steps between evaluations, beside the first and the last
     save_every: int = 10        # steps between saves
 
@@ -84,9 +83,12 @@ def train(policy, settings):
 
 
 def check(policy, training, test, settings):
-    """Evaluate, and draw the report of the log so far."""
+    """Evaluate on held-out questions, greedy, and draw the report of the log so far."""
     if test:
-        training.log(evaluate(policy, test, LISTEN[settings.listen]),
+        mine = test[training.rank::training.world]
+        responses = answer(policy, mine, LISTEN[settings.listen])
+        metrics = measure(mine, responses, {q.category for q in test})
+        training.log({f"eval_{name}": value for name, value in metrics.items()},
                      show=("eval_accuracy", "eval_segments", "eval_truncated"))
     if training.rank == 0:
         report_page(settings.out)
@@ -94,7 +96,7 @@ def check(policy, training, test, settings):
 
 def run():
     settings = parse_settings(Settings, __doc__)
-    policy = load(settings.model, pick_device(settings.device, train=True))
+    policy = load(settings.model, pick_device(train=True))
     if policy.config.decoder != "tiny":
         settings = parse_settings(Settings, __doc__, PRETRAINED)
     policy.bf16 = settings.bf16

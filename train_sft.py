@@ -30,8 +30,8 @@ from echo import (SAMPLE_RATE, THUMBNAIL_RATE, TOKENS_PER_SECOND, Config, Echo, 
                   SmallEncoder, batches, cut, load, main, optimizer_step, parse_segment,
                   parse_settings, pick_device, processes, read_decoder, read_whisper, save,
                   sft_loss, split_segments, sum_over_processes)
-from make_data import (NUMBERS, QUESTIONS, can_ask, from_edge, load_audio, look_for, named, pick,
-                       read_questions, read_rows, search, segment_of, then_comes, write_atomically,
+from make_data import (NUMBERS, QUESTIONS, from_edge, load_audio, look_for, pick, questions_about,
+                       read_questions, read_rows, segment_of, then_comes, write_atomically,
                        write_row)
 
 
@@ -56,16 +56,12 @@ class Settings:
     micro_batch: int = 4             # rows in one pass; gradients are accumulated over them
     bf16: bool = False               # bf16 arithmetic in the decoder
     seed: int = 0                    # of the weights and of every draw
-    device: str = "auto"             # cuda if there is one, else cpu
     save_every: int = 250            # steps
 
 # With a pretrained decoder the defaults are, as measured for the README:
 PRETRAINED = dict(base_captions=100, base_instructions=300, base_lr=5e-5, sft_steps=20, sft_batch=8,
                   sft_lr=2e-5, projector_rate=0.2, micro_batch=8, save_every=40,
                   bf16=torch.cuda.is_available())
-PAPER_PROMPT = ("{question} Choose the answer from {choices}. Think step-by-step. Refer to the "
-                "specific audio segments while thinking, and indicate the corresponding "
-                "timestamps. Answer in the format of <think>...</think><answer>...</answer>.")
 
 
 # ---------------------------------------------------------------------------------- stage 1: SFT
@@ -262,7 +258,7 @@ def new_model(settings, described):
     config = Config(settings.encoder, settings.decoder, settings.thumbnail)
     encoder = SmallEncoder() if settings.encoder == "small" else read_whisper(settings.encoder)
     if settings.decoder != "tiny":
-        config.prompt, config.max_new_tokens = PAPER_PROMPT, 512
+        config.max_new_tokens = 512
         return Echo(config, encoder, *read_decoder(settings.decoder))
     texts = [f"{t / 10:.1f}" for t in range(300)] * 2
     for q in read_questions(settings.data, settings.audio_root, needs=("answer", "cot")):
@@ -281,13 +277,11 @@ def read_clips(settings):
     for number, row in enumerate(read_rows(settings.clips, ("audio_path",)), 1):
         try:
             events = sorted(row["A4_events"], key=lambda e: e["start_s"])
-            good = all(e["kind"].strip() and e["pulses"] in NUMBERS and
-                       0 <= e["start_s"] < e["end_s"] for e in events)
-            for category in QUESTIONS:
-                good &= any(can_ask(category, events, i) for i in range(len(events)))
+            good = all(e["kind"].strip() and 0 <= e["start_s"] <= e["end_s"] - 0.2 for e in events)
+            asked = {question["category"] for question in questions_about(events)}
         except (TypeError, KeyError, AttributeError):
             good = False
-        if not good:
+        if not good or asked != set(QUESTIONS):
             raise EchoError(f"{settings.clips}, row {number}: 'A4_events' must be a list of events "
                             "with kind, start_s, end_s and 2 to 6 pulses, to ask each kind of "
                             "question about")
@@ -426,22 +420,20 @@ def whole_clip(model, path, events, clips, rng, instruct):
     """Captions name every sound in RANDOM order: in order of time, where a sound is could be had
     without its name. Instructions name kinds to describe, or one sound, which may have to be
     searched, and all that follows it; half of them come with the segments' audio."""
-    def describe(kinds):
-        looks = [look_for([e for e in events if e["kind"] == kind]) for kind in kinds]
-        return sum(looks, [])
     kinds = list(map(str, rng.permutation(list(dict.fromkeys(e["kind"] for e in events)))))
-    if not instruct:
-        ask, said = "Describe every sound.", describe(kinds)
-    elif rng.random() < 0.3:
-        kinds = kinds[:rng.integers(1, len(kinds) + 1)]
-        ask, said = f"Describe {', '.join('the ' + kind for kind in kinds)}.", describe(kinds)
+    if instruct and rng.random() > 0.3:
+        row = pick(str(rng.choice(["find", "count_after"])), events, rng)
+        *looks, target = row["listen_to"]
+        ask = f"the {row['name']} and what comes after it"
+        said = look_for(looks) + list(map(then_comes, events[events.index(target):]))
     else:
-        category = str(rng.choice(["find", "count_after"]))
-        i = pick(category, events, rng)
-        ask = f"Describe the {named(category, events[i])} and what comes after it."
-        said = look_for(search(events, i)) + list(map(then_comes, events[i + 1:]))
+        ask = "every sound"
+        if instruct:
+            kinds = kinds[:rng.integers(1, len(kinds) + 1)]
+            ask = ", ".join("the " + kind for kind in kinds)
+        said = sum((look_for([e for e in events if e["kind"] == kind]) for kind in kinds), [])
     listen = instruct and rng.random() < 0.5
-    prompt = model.prompt(clips(path), ask)
+    prompt = model.prompt(clips(path), f"Describe {ask}.")
     return add_grounded(model, prompt, " ".join(said), path, clips, listen)
 
 
@@ -497,7 +489,7 @@ def run():
     settings = parse_settings(Settings, __doc__)
     if settings.decoder != "tiny":
         settings = parse_settings(Settings, __doc__, PRETRAINED)
-    device = pick_device(settings.device, train=True)
+    device = pick_device(train=True)
     smallest, (_, world) = min(4, settings.base_batch, settings.sft_batch), processes()
     if smallest < world:
         raise EchoError(f"{world} processes for a batch of {smallest}; start fewer")
