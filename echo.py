@@ -2,11 +2,11 @@
 
 The whole method, A being a clip and q a question about it:
 
-    x = prompt(A, q)                       # the clip, heard once and coarsely, and the question
+    x = prompt(A, q)                       # the clip, heard once (here coarsely), and the question
     until the response o ends with eos (or is too long):
         o += sample(policy(x + o))         # one token of text
         if o closes <seg>s, e</seg>:
-            o += enc(A[s:e])               # hear that part of the ORIGINAL waveform again, finely
+            o += enc(A[s:e])               # hear that part of the ORIGINAL waveform at full rate
     R     = format + consistency + accuracy + segment          # the four rewards of a response
     adv   = (R - mean R) / std R                               # within the group of one question
     ratio = p(o) / p_old(o)                # of each sampled token; old: before the step's updates
@@ -225,7 +225,7 @@ class Echo(nn.Module):
     def hidden(self, x, mask, cache=None):
         """(B, T, D) embeddings -> last hidden states; `mask` (B, cached + T) marks the real tokens.
         They have positions 0, 1, 2, ..., text and audio alike, also within a segment; padding has
-        none of its own: mask 0 1 1 0 1, positions 0 0 1 1 2. What is causal, columns decide."""
+        none of its own: mask 0 1 1 0 1, positions 0 0 1 1 2. Attention is causal by column."""
         position = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1]:]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return self.decoder.model(
@@ -287,8 +287,8 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
     rows = []
     room = model.decoder.config.max_position_embeddings // 2  # the rest: for the response
     seeds = seeds or [None] * len(waves)
-    heard = model.hear(waves, first_listen=True)
-    for features, q, wave, seed in zip(heard, questions, waves, seeds, strict=True):
+    first_listens = model.hear(waves, first_listen=True)
+    for features, q, wave, seed in zip(first_listens, questions, waves, seeds, strict=True):
         prompt = model.prompt(features, q.question, q.choices)
         rows.append(Rollout(prompt, wave, np.random.default_rng(seed)))
         if len(prompt.ids) > room:
@@ -391,7 +391,7 @@ def paper_reward(rollout, answer):
     return {"format": format_reward(rollout.text),
             "consistency": consistency_reward(rollout.text),
             "accuracy": 0.5 * right,
-            "segment": 0.5 * (right and bool(rollout.heard_segments))}  # whichever it was
+            "segment": 0.5 * (right and bool(rollout.heard_segments))}  # any one
 
 
 # =========================================================================================== 6 GRPO
@@ -453,8 +453,8 @@ def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
     # updates[update][micro-batch]: indices into responses; old_logps alike: (tokens,)
     updates = [batches([i for i in share if abs(advantages[i]) > 1e-3], grpo.micro_batch)
                for share in shares]
-    # all before the first update, and not from decoding, whose rounding differs, in bf16 by too
-    # much for a ratio (logp_gap)
+    # Old log-probs: all before the first update, and not from decoding, whose rounding differs,
+    # in bf16 by too much for a ratio (logp_gap).
     with torch.no_grad():
         old_logps = [[logp_of(policy, batch) for batch in update] for update in updates]
     seen = {name: [] for name in ("loss", "kl", "clip_share", "entropy", "logp_gap")}

@@ -161,8 +161,10 @@ def test_broken_audio_is_one_line(tmp_path, content, says):
 
 
 # ------------------------------------------------------------------------------- encoder and model
-@pytest.mark.parametrize("first_listen,rate", [(True, 2), (False, 25)])
-def test_a_token_for_each_begun_piece_of_time(model, first_listen, rate):
+@pytest.mark.parametrize("thumbnail", [True, False])
+@pytest.mark.parametrize("first_listen", [True, False])
+def test_a_token_for_each_begun_piece_of_time(tokenizer, thumbnail, first_listen):
+    model, rate = micro(tokenizer, thumbnail=thumbnail), 2 if thumbnail and first_listen else 25
     waves = [noise(s, i) for i, s in enumerate((6.0, 0.2, 1.03, 2.5))]
     for wave, tokens in zip(waves, model.hear(waves, first_listen)):
         assert tokens.shape == (math.ceil(len(wave) / 16_000 * rate), 32)
@@ -866,7 +868,7 @@ def test_a_users_mistake_is_one_line(trained, tmp_path, monkeypatch, command, sa
 
 
 def test_checkpoints(model, qwen, whisper, tmp_path):
-    """What is saved comes back."""
+    """What is saved comes back; what can't be a model is one line."""
     torch.manual_seed(0)
     for name, saved in (("tiny", micro(model.tokenizer, echo.SmallEncoder())),
                         ("qwen", pretrained(qwen[False], echo.read_whisper(str(whisper)),
@@ -879,6 +881,11 @@ def test_checkpoints(model, qwen, whisper, tmp_path):
         assert again.tokenize(text) == saved.tokenize(text)
     save(saved, tmp_path / "qwen")  # over itself
     assert sorted(p.name for p in tmp_path.iterdir()) == ["qwen", "tiny"]
+    assert "no Echo checkpoint" in error_of(load, tmp_path)
+    shutil.copytree(qwen[True], tmp_path / "small")
+    for file in (tmp_path / "small").glob("token*"):
+        file.unlink()
+    assert "small: " in error_of(echo.read_decoder, tmp_path / "small")
 
 
 def test_pretrained_stages_end_to_end(data, trained, qwen, whisper, tmp_path):

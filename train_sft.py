@@ -277,7 +277,7 @@ def read_clips(settings):
     for number, row in enumerate(read_rows(settings.clips, ("audio_path",)), 1):
         try:
             events = sorted(row["A4_events"], key=lambda e: e["start_s"])
-            good = all(e["kind"].strip() and 0 <= e["start_s"] <= e["end_s"] - 0.2 for e in events)
+            good = all(e["kind"].strip() and 0 <= e["start_s"] < e["end_s"] for e in events)
             asked = {question["category"] for question in questions_about(events)}
         except (TypeError, KeyError, AttributeError):
             good = False
