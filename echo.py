@@ -65,7 +65,7 @@ class Config:
                                   # finds something new; False: 25 a second, as in the paper
     min_segment_s: float = 0.2    # as in the paper
     max_segment_s: float = 30.0
-    end_slack_s: float = 0.1      # an end this far past the clip is taken as the clip's end
+    end_slack_s: float = 0.5      # an end this far past the clip is taken as the clip's end
     max_turns: int = 8            # segments heard in one response, as in the paper
     max_new_tokens: int = 100     # sampled tokens of a response
 
@@ -189,17 +189,17 @@ class Echo(nn.Module):
 
     def prompt(self, features, question, choices=()):
         """What a response continues: the first listen, its times as text, and the question.
-            [audio]0.0[audio]0.5[audio]1.0 ... How many pulses has the hum? Choose from ...
-
-        features: (n, encoder dim) of the first listen; [] for a question without a clip. After each
-        token stands the time at which it starts; at the full rate once a second."""
+            [audio]0.0[audio]0.5 ... [audio]5.5 6.0 How many pulses has the hum? Choose from ...
+        features: (n, encoder dim) of the first listen; [] for a question without a clip. After a
+        token stands the time at which it starts, at the full rate once a second; last, the end."""
         sample = Sample()
         rate = THUMBNAIL_RATE if self.config.thumbnail else TOKENS_PER_SECOND
         every = 1 if self.config.thumbnail else rate
-        for i in range(len(features)):
-            sample.add_audio(features[i:i + 1])
-            if i % every == 0:
-                sample.add(self.tokenize(f"{i / rate:.1f}"))
+        for i in range(0, len(features), every):
+            sample.add_audio(features[i:i + 1]).add(self.tokenize(f"{i / rate:.1f}"))
+            sample.add_audio(features[i + 1:i + every])
+        if len(features):
+            sample.add(self.tokenize(f" {len(features) / rate:.1f}"))
         if choices:
             listed = json.dumps(choices, ensure_ascii=False)  # quoted: a choice may hold a comma
             question = f"{question} Choose from {listed}."
@@ -541,15 +541,11 @@ def sum_over_processes(number):
 
 
 # ================================================================================ 7 audio encoders
-#
-# For an encoder of your own: `dim`, and forward(waves (B, N), thumbnail) -> (B, n, dim), one token
-# for each begun 40 ms, or half second of a thumbnail.
-
 class SmallEncoder(nn.Module):
-    """Log-mel, two strided convolutions (100 frames a second -> 25 tokens), and a recurrent network
-    in both directions, which counts better than attention. A thumbnail averages mel POWER over half
-    a second before the encoder sees it, one token for each average: what changes within one can't
-    be read from it."""
+    """(B, N) -> (B, n, dim), a token for each begun 40 ms, or half second of a thumbnail: log-mel,
+    two strided convolutions (100 frames a second -> 25 tokens), and a recurrent network in both
+    directions, which counts better than attention. A thumbnail averages mel POWER over half a
+    second before that: what changes within one can't be read from it."""
     HOP = 160  # samples, 10 ms
 
     def __init__(self, dim=96, layers=2, n_mels=40):
@@ -603,10 +599,6 @@ class WhisperEncoder(nn.Module):
 
 
 # ================================================================================== 8 save and load
-#
-# A model's folder: decoder and tokenizer as transformers saves them, Whisper's settings in
-# encoder/, all other weights in echo.pt, Config in echo.json.
-
 def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
@@ -632,7 +624,8 @@ def read_whisper(name):
 
 
 def save(model, folder):
-    """Write a model's folder whole or not at all: under a temporary name, then renamed."""
+    """Write a model's folder whole or not at all: decoder and tokenizer as transformers saves them,
+    Whisper's settings in encoder/, all other weights in echo.pt, Config in echo.json."""
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -658,8 +651,7 @@ def load(folder, device="cpu"):
     folder = Path(folder)
     folder = folder if (folder / "echo.json").is_file() else folder / "model"
     if not (folder / "echo.json").is_file():
-        raise EchoError(f"{folder.parent}: no Echo checkpoint there (no echo.json); train one, or "
-                        "give another folder")
+        raise EchoError(f"{folder.parent}: no Echo checkpoint there (no echo.json); train one")
     config = Config(**json.loads((folder / "echo.json").read_text()))
     encoder = SmallEncoder()
     if config.encoder != "small":
@@ -689,9 +681,8 @@ def parse_settings(cls, doc, defaults={}):
     if rest:
         fail(f"unknown: {' '.join(rest)}")
     for f in dataclasses.fields(cls):
-        value, least = getattr(settings, f.name), 0
-        if type(f.default) is int and f.default > 0:  # a count that is 0 by default may be 0
-            least = 1
+        value = getattr(settings, f.name)
+        least = int(type(f.default) is int and f.default > 0)  # a count that is 0 by default may be
         if type(value) in (int, float) and not value >= least:
             fail(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
     return settings

@@ -5,13 +5,11 @@
     python generate.py --benchmark data/test.jsonl --output runs/test.json
     python generate.py --html trace.html                       # with any of these: a page of it
 
-Decoding is the very function that train_rl.py rolls out with, but greedy. Left out: sampling,
-streaming, several questions in one conversation.
+Decoding is the very function that train_rl.py rolls out with, but greedy.
 """
 # SPDX-License-Identifier: MIT
 import base64
 import json
-import struct
 import sys
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -20,7 +18,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import torchaudio
 from tqdm import tqdm
 
 from echo import (AUDIO, SAMPLE_RATE, EchoError, Rollout, Sample, batches, cut,
@@ -49,8 +46,7 @@ class Settings:
     question: str = ""               # what to ask about it
     choices: list[str] = field(default_factory=list)  # the answers to choose from
     model: str = "runs/rl"           # checkpoint folder
-    listen: Literal["segment", "nothing", "silence", "elsewhere"] = "segment"  # what is heard at a
-                                     # tag; nothing: text reasoning; the last two are controls
+    listen: Literal[tuple(LISTEN)] = "segment"  # or nothing: text reasoning; silence, elsewhere
     bf16: bool = False               # bf16 arithmetic in the decoder
     benchmark: str = ""              # a data file: toy, native, MMAR or MMAU rows
     output: str = ""                 # a file for the answered rows
@@ -59,7 +55,6 @@ class Settings:
     html: str = ""                   # write a page of traces
 
 
-# ---------------------------------------------------------------------------------- evaluation
 def answer(model, questions, listen=cut, batch=50):
     """A greedy Rollout for each Question; one whose clip can't be read has `ended` say why."""
     responses = []
@@ -107,7 +102,6 @@ def measure(questions, responses, categories=()):
     return {name: top / bottom for name, (top, bottom) in sums.items() if bottom}
 
 
-# ---------------------------------------------------------------------------------- use
 def trace(rollout):
     """What a benchmark's row keeps of a Rollout. The answer's text alone is what the evaluators
     read, MMAR's as answer_prediction, MMAU's as model_output."""
@@ -130,16 +124,17 @@ def print_clip(q, rollout):
 
 
 def use(model, settings):
-    """Answer a question or a file of them; returns the exit code, 1 if one could not be answered.
-    Without either it is a held-out question of the toy."""
-    questions = [Question({}, Path(settings.clip), settings.question, settings.choices, None, "")]
+    """Answer a question or a file of them; the exit code is 1 if one could not be answered."""
+    clip, question, choices = settings.clip, settings.question, settings.choices
     if settings.benchmark:
         questions = read_questions(settings.benchmark, settings.audio_root, needs=())
-    elif not settings.clip:
+    elif clip and question:
+        questions = [Question({}, Path(clip), question, choices, None, "")]
+    elif clip or question or choices:
+        raise EchoError("--clip and --question: needed are both, and perhaps --choices a b c d")
+    else:
         toy = read_questions("data/test.jsonl")
         questions = [q for q in toy if q.category == "find"][:1]
-    elif not settings.question:
-        raise EchoError("--clip: needs --question, and perhaps --choices a b c d")
     responses = answer(model, questions, LISTEN[settings.listen], settings.batch)
     broken = [f"{q.row.get('id', q.path)}: {r.ended}" for q, r in zip(questions, responses)
               if not r.logprobs]
@@ -173,7 +168,7 @@ COLOURS = ("#d9480f", "#1971c2", "#2f9e44", "#9c36b5", "#c2255c", "#0c8599", "#e
 STYLE = """<!doctype html><html lang="en"><meta charset="utf-8"><style>
 body{margin:auto;padding:1rem;max-width:60rem;font:16px/1.5 system-ui,sans-serif}
 .axis{display:flex;justify-content:space-between;font-size:.8rem;color:#777}
-.spectrogram{position:relative}img{width:100%;height:12rem;display:block}audio{width:100%}
+.loudness{position:relative}svg,audio{width:100%}svg{height:8rem;display:block;overflow:visible}
 .span{position:absolute;top:0;bottom:0;box-sizing:border-box;border:solid var(--c);
 border-width:0 2px;background:color-mix(in srgb,var(--c) 27%,#0000)}
 .response,svg{background:#8881;border-radius:8px;stroke-width:2}
@@ -199,17 +194,14 @@ def write_page(path, title, body):
     print(f"wrote {path}", file=sys.stderr)
 
 
-def spectrogram_bmp(wave):
-    """A grey BMP of the log-mel power of a waveform, 60 dB, low pitches at the bottom."""
-    mel = torchaudio.transforms.MelSpectrogram(
-        SAMPLE_RATE, 1024, hop_length=max(1, len(wave) // 600), n_mels=64, pad_mode="constant")
-    db = torchaudio.transforms.AmplitudeToDB(top_db=60)(mel(wave))
-    db = F.interpolate(db[None], 600)[0]  # a row of a BMP has a multiple of 4 bytes
-    pixels = (((db - db.max()) / 60 + 1) * 255).byte().numpy()
-    header = struct.pack("<2s6I2H6I", b"BM", 1078 + pixels.size, 0, 1078, 40, 600, 64, 1, 8, 0,
-                         pixels.size, 0, 0, 256, 0)
-    greys = b"".join(struct.pack("4B", grey, grey, grey, 0) for grey in range(256))
-    return header + greys + pixels.tobytes()
+def line_svg(points):
+    """A line through points (x, y), x from 0 on, as high and as wide as its box."""
+    xs, ys = zip(*points)
+    low, high = min(0.0, *ys), max(0.0, *ys) or 1.0
+    at = " ".join(f"{300 * x / (xs[-1] or 1):.1f},{100 * (high - y) / (high - low):.1f}"
+                  for x, y in points)
+    return (f'<svg viewBox="0 0 300 100" preserveAspectRatio="none"><polyline points="{at}" '
+            f'fill="none" stroke="{COLOURS[0]}" vector-effect="non-scaling-stroke"/></svg>')
 
 
 def response_html(rollout, seconds):
@@ -229,16 +221,15 @@ def response_html(rollout, seconds):
 
 
 def trace_html(q, rollout):
-    """Spectrogram with the segments' spans, player, response with its chips, answer and truth."""
+    """Loudness with the segments' spans, player, response with its chips, answer and truth."""
     wave = rollout.wave
     seconds, said = len(wave) / SAMPLE_RATE, extract_answer(rollout.text) or ""
     response, spans = response_html(rollout, seconds)
     verdict = "" if not q.answer else "right" if same_answer(said, q.answer) else "wrong"
     ticks = "".join(f"<span>{seconds * i / 6:.1f} s</span>" for i in range(7))
-    picture = base64.b64encode(spectrogram_bmp(wave)).decode()
+    loudness = list(enumerate(F.adaptive_max_pool1d(wave.abs()[None], 600)[0].tolist()))
     sound = base64.b64encode(wav_bytes(wave.numpy().clip(-1, 1))).decode()
-    return f"""<div class="clip"><div class="spectrogram">
-<img alt="spectrogram" src="data:image/bmp;base64,{picture}">{spans}</div>
+    return f"""<div class="clip"><div class="loudness">{line_svg(loudness)}{spans}</div>
 <div class="axis">{ticks}</div><audio controls src="data:audio/wav;base64,{sound}"></audio>
 <p><b>{escape(q.question)}</b> {escape(", ".join(q.choices))}</p>
 <div class="response">{response}</div>
@@ -247,27 +238,19 @@ truth: {escape(q.answer or "?")}, ended: {rollout.ended}</p></div>"""
 
 
 def report_page(folder):
-    """report.html in a run's folder: a line chart for each metric of its log."""
+    """report.html in a run's folder: a line for each metric of its log."""
     log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    last = max([1, *(entry["step"] for entry in log)])
     charts = ""
     for name in dict.fromkeys(name for entry in log for name in entry if name != "step"):
-        values = {entry["step"]: entry[name] for entry in log if name in entry}
-        low, high = min(0.0, *values.values()), max(0.0, *values.values()) or 1.0
-        at = " ".join(f"{300 * step / last:.1f},{100 * (high - y) / (high - low):.1f}"
-                      for step, y in values.items())
-        charts += (f'<div><b>{escape(name)}</b> {low:.3g} to {high:.3g}'
-                   f'<svg viewBox="-3 -3 306 106"><polyline points="{at}" fill="none" '
-                   f'stroke="{COLOURS[0]}"/></svg></div>')
-    write_page(Path(folder) / "report.html", f"How {folder} learned, {last} steps",
+        points = [(entry["step"], entry[name]) for entry in log if name in entry]
+        charts += (f"<div><b>{escape(name)}</b> {points[0][1]:.3g} to {points[-1][1]:.3g}"
+                   f"{line_svg(points)}</div>")
+    write_page(Path(folder) / "report.html", f"How {folder} learned",
                f'<div class="grid">{charts}</div>')
 
 
 def run():
     settings = parse_settings(Settings, __doc__)
-    for flag, needs in (("output", "benchmark"), ("question", "clip"), ("choices", "clip")):
-        if getattr(settings, flag) and not getattr(settings, needs):
-            raise EchoError(f"--{flag}: needs --{needs}")
     model = load(settings.model, pick_device())
     model.bf16 = settings.bf16
     return use(model, settings)

@@ -10,7 +10,7 @@ A known share of the QA+CoT is broken on purpose. A judge, which sees the row an
 what was planted, gives two verdicts and so sorts the rows:
     [QA valid] and [CoT valid] -> sft.jsonl     only [QA valid] -> rl.jsonl, chain dropped
     QA invalid -> discarded.jsonl, with the judge's reason
-test.jsonl holds questions on clips of its own. Left out: a language model as writer and as judge.
+test.jsonl holds questions on clips of its own.
 """
 # SPDX-License-Identifier: MIT
 import io
@@ -49,10 +49,8 @@ class Settings:
     clip_s: float = 6.0       # length of a clip, in whole cells of half a second
     seed: int = 0             # same seed, same bytes
     sounds: str = ""          # a folder with a folder of WAV files for each kind, five or more
-    hold_out: float = 0.0     # share of each kind's recordings that the test clips alone have
 
 
-# ---------------------------------------------------------------------------------- sounds
 def carrier(kind, t, rng):
     """The sound of a kind at times `t` (seconds), unit power; its pitch varies by 15%."""
     pitch = rng.uniform(0.85, 1.15)
@@ -84,25 +82,20 @@ def steady(path):
     return (recording / loudness)[audible]
 
 
-def read_sounds(folder, hold_out, seed):
-    """Recordings by kind for training and for the test: {kind: [(N,), ...]} twice."""
-    train, test = {}, {}
-    folders = sorted(p for p in Path(folder).glob("[!.]*") if p.is_dir())
-    if len(folders) < 5:
-        raise EchoError(f"--sounds {folder}: {len(folders)} folders; needed: one for each kind of "
-                        "sound, five or more")
-    for path in tqdm(folders, desc="recordings"):
+def read_sounds(folder):
+    """Recordings by kind, {kind: [(N,), ...]}."""
+    sounds = {}
+    for path in tqdm(sorted(p for p in Path(folder).glob("[!.]*") if p.is_dir()), "recordings"):
         kind = re.sub("[^a-z0-9]+", "-", path.name.lower()).strip("-")
         files = sorted(p for p in path.iterdir() if p.suffix.lower() == ".wav")
-        if kind in train or not kind or len(files) < 1 + (hold_out > 0):
+        if kind in sounds or not kind or not files:
             raise EchoError(f"{path}: {len(files)} WAV files for kind {kind!r}; needed: at least "
-                            f"{1 + (hold_out > 0)}, and a name that no other folder has")
-        recordings = [steady(p) for p in files]
-        np.random.default_rng([seed, len(train)]).shuffle(recordings)
-        n_held = min(math.ceil(hold_out * len(files)), len(files) - 1)
-        train[kind] = recordings[n_held:]
-        test[kind] = recordings[:n_held] or recordings
-    return train, test
+                            "one, and a name that no other folder has")
+        sounds[kind] = [steady(p) for p in files]
+    if len(sounds) < 5:
+        raise EchoError(f"--sounds {folder}: {len(sounds)} folders; needed: one for each kind of "
+                        "sound, five or more")
+    return sounds
 
 
 def from_edge(n_pulses, t):
@@ -131,29 +124,21 @@ def room(t, rng):
 
 
 def arrange(rng, kinds, clip_s):
-    """The sounds of a clip in order of time, [(kind, start_s, end_s), ...], each 0.8 to 1.5 s long.
-    One kind comes one to three times, never twice in a row, and each time something follows it. No
-    two sounds share a cell, and the outer cells of a sound hold at least 0.1 s of it."""
+    """The sounds of a clip, [(kind, start_s, end_s), ...], 0.8 to 1.5 s long, at least 0.1 s apart.
+    One kind comes one to three times, never twice in a row, and each time something follows it."""
     searched, *others = map(str, rng.permutation(kinds))
-    n_cells, n_searched = round(clip_s / CELL_S), int(rng.choice([1, 2, 2, 3, 3]))
+    n_searched = int(rng.choice([1, 2, 2, 3, 3]))
     n_others = max(n_searched, rng.integers(2, 4))  # in 6 s
-    n_others = min(round(clip_s / 6 * (n_searched + n_others)), n_cells // 2) - n_searched
-    order = [searched] * n_searched
-    for i in range(n_others):  # in a long clip some come again
-        order.append(others[i if i < len(others) else 2 + i % (len(others) - 2)])
+    n = round(clip_s / 6 * (n_searched + n_others))
+    rest = others[2:] * n  # in a long clip some come again
+    order = ([searched] * n_searched + others[:2] + rest)[:n]
     while order[-1] == searched or any(a == b for a, b in zip(order, order[1:])):
         order = [order[i] for i in rng.permutation(len(order))]
-    n, spare = len(order), n_cells - 2 * len(order)
-    more = rng.multinomial(rng.integers(spare // 2, spare + 1), [1 / n] * n)
-    cells = np.minimum(2 + more, 4)
-    first = np.cumsum(cells) - cells + np.sort(rng.integers(0, n_cells - cells.sum() + 1, n))
-    sounds = []
-    for kind, room_s, at_s in zip(order, cells * CELL_S, first * CELL_S):
-        length_s = rng.uniform(max(0.8, room_s - 0.8), min(1.5, room_s))
-        slack_s = room_s - length_s
-        start_s = at_s + rng.uniform(max(0, slack_s - 0.4), min(0.4, slack_s))
-        sounds.append((kind, round(float(start_s), 2), round(float(start_s + length_s), 2)))
-    return sounds
+    spare_s = rng.dirichlet([1] * (2 * n + 1)) * (clip_s - 0.9 * n)  # shared by 2 n and the end
+    length_s = 0.8 + np.minimum(spare_s[:n], 0.7)
+    end_s = np.cumsum(spare_s[n:-1] + length_s + 0.1) - 0.1
+    return [(kind, round(float(end - length), 2), round(float(end), 2))
+            for kind, length, end in zip(order, length_s, end_s)]
 
 
 def synthesise(rng, recordings=None, clip_s=6.0):
@@ -185,35 +170,30 @@ def synthesise(rng, recordings=None, clip_s=6.0):
     return np.clip(clip, -1, 1), events
 
 
-# ---------------------------------------------------------------------------------- QA + CoT
 def segment_of(event):
-    """The cells that a sound touches, (start_s, end_s): what a thumbnail can know of its place."""
-    return (math.floor(event["start_s"] / CELL_S + 1e-6) * CELL_S,
-            math.ceil(event["end_s"] / CELL_S - 1e-6) * CELL_S)
+    """The cells that hold 0.05 s or more of a sound, (start_s, end_s): what a thumbnail can know of
+    its place."""
+    return (math.floor((event["start_s"] + 0.05) / CELL_S) * CELL_S,
+            math.ceil((event["end_s"] - 0.05) / CELL_S) * CELL_S)
 
 
-def heard(event):
+def point_to(event, lead="Right after it"):
+    """A sentence that points to a sound, and says what is heard there."""
     start_s, end_s = segment_of(event)
-    return (f"<seg>{start_s:.1f}, {end_s:.1f}</seg> the {event['kind']} has "
+    return (f"{lead} <seg>{start_s:.1f}, {end_s:.1f}</seg> the {event['kind']} has "
             f"{NUMBERS[event['pulses']]} pulses and is {SPEEDS[event['pulses']]}.")
 
 
 def look_for(events):
-    """A sentence for each sound of a kind, in order of time: it points there, and says what is
-    heard."""
-    return [f"I look for the {'next ' if i else ''}{e['kind']} {heard(e)}"
+    """Such a sentence for each sound of a kind, in order of time."""
+    return [point_to(e, f"I look for the {'next ' if i else ''}{e['kind']}")
             for i, e in enumerate(events)]
 
 
-def then_comes(event):
-    return f"Right after it {heard(event)}"
-
-
 def questions_about(events):
-    """Every question that a clip can answer: its category, the name of the sound in question, how
-    many sounds come into consideration, answer, grounded chain, and the events that the chain
-    listens to. A name must mean one sound: to find, it has the speed, too, which only listening
-    tells; of its kind there are three at most, and the others have the other speed."""
+    """Every question that a clip can answer, with answer, grounded chain and the events that the
+    chain listens to. A name must mean one sound: to find, it has the speed, too, which only
+    listening tells; the others of its kind, two at most, have the other speed."""
     rows = []
     for category, form in QUESTIONS.items():
         for i, event in enumerate(events):
@@ -228,7 +208,7 @@ def questions_about(events):
             looks = alike[:alike.index(event) + 1]
             steps, target = look_for(looks), after[0]
             if category != "count":
-                steps.append(then_comes(target))
+                steps.append(point_to(target))
                 looks.append(target)
             answer = target["kind"] if category == "order" else NUMBERS[target["pulses"]]
             cot = f"<think>{' '.join(steps)}</think><answer>{answer}</answer>"
@@ -255,7 +235,7 @@ def write_row(category, events, rng, kinds=SYNTHETIC):
             **{k: true[k] for k in ("answer", "cot", "listen_to", "category")}}
 
 
-# ---------------------------------------------------------------------------------- planted faults
+# Faults to plant: where each stands in a row's JSON
 QA_FAULTS = {"wrong_answer": r'"answer": "(.+?)"', "absent_sound": r'(\S+)\?", "multi',
              "lost_choice": r'"multi_choice": .*"(.+?)".*\], "answer": "\1"'}
 COT_FAULTS = {"shift_segment": r"<seg>(\d.\d)", "no_segment": r"(<seg>\S+ \S+ )",
@@ -266,20 +246,27 @@ QA_FAULT_SHARE = 0.06   # of the rows
 COT_FAULT_SHARE = 0.11  # of the looks: the paper's RL and SFT sets are as 22 to 76
 
 
-def plant(fault, row, kinds, rng):
-    """A row with a fault: in its JSON something else stands where the fault's pattern matches."""
-    text = json.dumps(row)
+def plant(row, kinds, rng):
+    """Break a known share of the rows: in a row's JSON something else stands where a fault's
+    pattern matches. Returns the row, and the fault's name."""
+    text, draw, faults = json.dumps(row), rng.random(), {}
+    if draw < QA_FAULT_SHARE:
+        faults = QA_FAULTS
+    elif draw < QA_FAULT_SHARE + COT_FAULT_SHARE * len(row["listen_to"]):
+        faults = COT_FAULTS
+    possible = [fault for fault in faults if re.search(faults[fault], text)]
+    if not possible:
+        return row, "intact"
+    fault = str(rng.choice(possible))
     pool = {"wrong_answer": row["multi_choice"], "contradict": row["multi_choice"],
             "absent_sound": ["siren"], "lost_choice": ["siren"],
             "shift_segment": [f"{t / 2:.1f}" for t in range(12)], "miscount": NUMBERS.values(),
             "misname": kinds}.get(fault, [""])
-    said = re.search((QA_FAULTS | COT_FAULTS)[fault], text)
-    start, end = said.span(1)
+    said = re.search(faults[fault], text)
     new = rng.choice([x for x in pool if x != said[1]])
-    return json.loads(text[:start] + str(new) + text[end:])
+    return json.loads(text[:said.start(1)] + str(new) + text[said.end(1):]), fault
 
 
-# ---------------------------------------------------------------------------------- the judge
 def judge(row, events):
     """[QA valid] and [CoT valid]: which set a row belongs to, and what is wrong with it. The truth
     is rebuilt from the events: every question that the clip can answer, with answer and chain."""
@@ -292,15 +279,13 @@ def judge(row, events):
     if row["answer"] != truth["answer"]:
         return "discarded", f"the answer is {row['answer']}, the truth {truth['answer']}"
     if row["cot"] != truth["cot"]:
-        return "rl", f"the chain is not the true one, {truth['cot']}"
+        return "rl", "the chain is not the true one"
     return "sft", ""
 
 
-# ---------------------------------------------------------------------------------- the pipeline
 def make_clip(settings, split, i, recordings, kinds):
-    """Write the WAV file of a clip; its A1 to A5, and a row of each category with its generator."""
-    number = ("train", "test").index(split)
-    rng = np.random.default_rng([settings.seed, number, i])
+    """Write the WAV file of a clip; its A1 to A5, a row of each category, and its generator."""
+    rng = np.random.default_rng([settings.seed, split == "test", i])
     samples, events = synthesise(rng, recordings, settings.clip_s)
     name, path = f"{split}-{i:05d}", f"audio/{split}/{i:05d}.wav"
     write_atomically(Path(settings.out) / path, wav_bytes(samples))
@@ -308,59 +293,37 @@ def make_clip(settings, split, i, recordings, kinds):
     clip = {"id": name, "audio_path": path, "A1_description": f"A recording with {said}.",
             "A2_speech": "none", "A3_music": "none", "A4_events": events,
             "A5_duration_s": settings.clip_s}
-    rows = []
-    for k, category in enumerate(QUESTIONS):
-        rng = np.random.default_rng([settings.seed, 2 + number, i, k])
-        row = write_row(category, events, rng, kinds)
-        rows.append(({"id": f"{name}-{category}", "audio_path": path, **row}, rng))
-    return clip, rows
-
-
-def plant_some(row, kinds, rng):
-    """A known share of the rows gets a fault: the row, and the fault's name."""
-    draw, faults = rng.random(), {}
-    if draw < QA_FAULT_SHARE:
-        faults = QA_FAULTS
-    elif draw < QA_FAULT_SHARE + COT_FAULT_SHARE * len(row["listen_to"]):
-        faults = COT_FAULTS
-    possible = [f for f in faults if re.search(faults[f], json.dumps(row))]
-    if not possible:
-        return row, "intact"
-    fault = str(rng.choice(possible))
-    return plant(fault, row, kinds, rng), fault
-
-
-def without(row, *keys):
-    return {k: v for k, v in row.items() if k not in keys}
+    rows = [{"id": f"{name}-{category}", "audio_path": path,
+             **write_row(category, events, rng, kinds)} for category in QUESTIONS]
+    return clip, rows, rng
 
 
 def run():
-    settings, sounds = parse_settings(Settings, __doc__), (None, None)
-    if settings.sounds:
-        sounds = read_sounds(settings.sounds, settings.hold_out, settings.seed)
+    settings = parse_settings(Settings, __doc__)
+    sounds = read_sounds(settings.sounds) if settings.sounds else None
     if settings.clip_s < 6 or settings.clip_s % CELL_S:
         raise EchoError(f"--clip-s {settings.clip_s}: needed: 6 or more, in whole half seconds")
-    kinds = sorted(sounds[0] or SYNTHETIC)
+    kinds = sorted(sounds or SYNTHETIC)
     clips, test, verdicts = [], [], Counter()
     sets = {"sft": [], "rl": [], "discarded": []}
     for i in tqdm(range(settings.train_clips), "train clips"):
-        clip, rows = make_clip(settings, "train", i, sounds[0], kinds)
+        clip, rows, rng = make_clip(settings, "train", i, sounds, kinds)
         clips.append(clip)
-        for row, rng in rows:
-            row, fault = plant_some(row, kinds, rng)
-            verdict, wrong = judge(row, clip["A4_events"])
-            row = without(row, "category", "listen_to", "cot" if verdict == "rl" else "")
-            sets[verdict].append(row | {"reason": wrong} if verdict == "discarded" else row)
+        for row in rows:
+            row, fault = plant(row, kinds, rng)
+            verdict, row["reason"] = judge(row, clip["A4_events"])
+            if verdict == "rl":
+                del row["cot"]
+            sets[verdict].append(row)
             verdicts[fault, verdict] += 1
     for i in tqdm(range(settings.test_clips), "test clips"):
-        _, rows = make_clip(settings, "test", i, sounds[1], kinds)
-        test += [without(row, "cot") for row, _ in rows]
+        test += make_clip(settings, "test", i, sounds, kinds)[1]
     for name, rows in {"clips": clips, **sets, "test": test}.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(Path(settings.out) / f"{name}.jsonl", lines)
-    print(f"\n{'planted':<18}" + "".join(f"{'-> ' + verdict:>14}" for verdict in sets))
-    for fault in ("intact", *QA_FAULTS, *COT_FAULTS):
-        print(f"{fault:<18}" + "".join(f"{verdicts[fault, verdict]:>14}" for verdict in sets))
+    print("\nplanted, and what the judge makes of it:")
+    for (fault, verdict), n in sorted(verdicts.items()):
+        print(f"{fault:<14} -> {verdict:<9} {n:>6}")
     print(f"\ntest: {len(test)} questions on {settings.test_clips} clips of their own. A row:\n"
           f"{json.dumps((sets['sft'] + test)[0], indent=2)}")
 
@@ -427,10 +390,8 @@ def read_wav(path):
 def load_audio(path):
     """A WAV file as a mono waveform, (N,) float32 at 16 kHz."""
     samples, rate = read_wav(path)
-    if not samples.size:
-        raise EchoError(f"{path}: the clip is empty, it holds no samples")
-    if not np.abs(samples).max() <= 1e4:
-        raise EchoError(f"{path}: samples are NaN or beyond 10,000; export it again")
+    if not samples.size or not np.abs(samples).max() <= 1e4:
+        raise EchoError(f"{path}: empty, or samples that are NaN or beyond 10,000; export it again")
     mono = torch.from_numpy(samples.mean(1, dtype=np.float32))
     return torchaudio.functional.resample(mono, rate, SAMPLE_RATE)
 

@@ -161,15 +161,6 @@ def test_broken_audio_is_one_line(tmp_path, content, says):
 
 
 # ------------------------------------------------------------------------------- encoder and model
-@pytest.mark.parametrize("thumbnail", [True, False])
-@pytest.mark.parametrize("first_listen", [True, False])
-def test_a_token_for_each_begun_piece_of_time(tokenizer, thumbnail, first_listen):
-    model, rate = micro(tokenizer, thumbnail=thumbnail), 2 if thumbnail and first_listen else 25
-    waves = [noise(s, i) for i, s in enumerate((6.0, 0.2, 1.03, 2.5))]
-    for wave, tokens in zip(waves, model.hear(waves, first_listen)):
-        assert tokens.shape == (math.ceil(len(wave) / 16_000 * rate), 32)
-
-
 def test_a_thumbnail_lacks_the_detail(model):
     """Two clips that differ in the number of pulses alone."""
     tone, clips = np.sin(2 * np.pi * 900 * np.arange(16_000) / 16_000), []
@@ -220,20 +211,20 @@ def test_prompt_writes_times_and_holds_any_text(tokenizer):
     any_text = 'what is <|audio|> or <seg>1, 2</seg>, Ünï ✓ 日本 "<b>&amp;</b>" {0} {choices}?'
     prompt = model.prompt(torch.zeros(3, 32), any_text, ["{question}", "a, b"])
     said = f' {any_text} Choose from ["{{question}}", "a, b"].\n'
-    assert spelled(model, prompt.ids) == "[audio]0.0[audio]0.5[audio]1.0" + said
+    assert spelled(model, prompt.ids) == "[audio]0.0[audio]0.5[audio]1.0 1.5" + said
     assert prompt.ids.count(AUDIO) == len(heard_in(prompt)) == 3 and not any(prompt.trained)
     assert spelled(model, model.prompt([], "Why?").ids) == " Why?\n"
     prompt = full.prompt(torch.zeros(25 * 101 + 2, 32), "Why?")  # at each second's first token
     second = "".join(f"[audio]{s}.0" + "[audio]" * 24 for s in range(101))
-    assert spelled(full, prompt.ids) == second + "[audio]101.0[audio] Why?\n"
+    assert spelled(full, prompt.ids) == second + "[audio]101.0[audio] 101.1 Why?\n"
 
 
 # -------------------------------------------------------------------------------------------- tags
 @pytest.mark.parametrize("text,want", [
     ("2.0, 3.0", (2, 3, None)), ("2,3", (2, 3, None)), (" 2.5 , 3 ", (2.5, 3, None)),
     (".5, 1.", (0.5, 1, None)), ("2.0, 2.2", (2, 2.2, None)), ("9.97, 39.97", (9.97, 39.97, None)),
-    ("9, 39.97", (9, 39.97, "too long")), ("38.0, 40.0", (38, 39.97, None)),
-    ("38, 40.1", (38, 40.1, "outside the clip")), ("0, 600", (0, 600, "outside the clip")),
+    ("9, 39.97", (9, 39.97, "too long")), ("38.0, 40.4", (38, 39.97, None)),
+    ("38, 40.5", (38, 40.5, "outside the clip")), ("0, 600", (0, 600, "outside the clip")),
     ("3, 2", (3, 2, "reversed")), ("2.0, 2.1", (2, 2.1, "too short")),
     *((bad, (None, None, "malformed")) for bad in (
         "1.2.3, 4", "-1, 2", "1", "1, 2, 3", "", "a, b", "1e3, 2e3", "nan, inf", "2s, 3s",
@@ -294,6 +285,9 @@ def test_interleaved_rollout_hears_the_right_part_and_matches_training(model, wr
     waves = [noise(3.0 + i, i) for i in range(4)]
     write(model, TEXTS)
     rows = respond(within(model, 200), waves, temperature=0.7)
+    alone = [respond(within(model, 200), waves[i:i + 1], asked(4)[i:i + 1], [i], temperature=0.7)
+             for i in range(4)]
+    assert all(same(row, other) for row, (other,) in zip(rows, alone))
     assert [r.text for r in rows] == TEXTS and echo.is_right(rows[2].text, "two ünïcode ✓ 日本")
     bad = ["outside the clip", "reversed", "malformed", "malformed"]
     assert [[s.refused for s in r.segments] for r in rows] == [[None] * 2, bad, [], [None] * 2]
@@ -307,23 +301,6 @@ def test_interleaved_rollout_hears_the_right_part_and_matches_training(model, wr
         assert (model([r.sample], 0.7) - torch.tensor(r.logprobs)).abs().max() < 1e-4
     written = spelled(model, rows[0].sample.ids[n_prompt(rows[0]):-1])
     assert written == TEXTS[0].replace("</seg>", "</seg>" + "[audio]" * 25)
-
-
-def test_rows_wait_for_each_other_but_not_for_the_last(model, write, monkeypatch):
-    """8 rows with 0 to 7 segments: each as alone, in few passes."""
-    texts = ["".join(" the hum" * (20 if (i + k) % 8 == 7 else 1) + "<seg>0, 0.2</seg>" * (k < i)
-                     for k in range(i + 1)) for i in range(8)]
-    waves, questions = [noise(2.0, i // 2) for i in range(8)], asked(8)
-    write(model, texts)
-    long, passes = within(model, 200), []
-    hidden = long.hidden
-    monkeypatch.setattr(long, "hidden", lambda *a: passes.append(a[0].shape) or hidden(*a))
-    rows = respond(long, waves, questions, temperature=0.7)
-    n_passes, longest = len(passes), max(len(r.logprobs) for r in rows)
-    assert longest <= n_passes < 1.25 * longest  # waiting for the last row takes twice as many
-    for i, row in enumerate(rows):
-        alone, = respond(long, [waves[i]], [questions[i]], [i], temperature=0.7)
-        assert row.text == texts[i] and len(row.heard_segments) == i and same(row, alone)
 
 
 def test_inserted_audio_changes_what_follows_and_controls_differ(model, write):
@@ -597,21 +574,20 @@ def test_whisper_encoder(tokenizer, whisper):
 
 
 # -------------------------------------------------------------------------------------------- data
-def test_judge_catches_every_planted_fault():
-    kinds, planted = list(make_data.SYNTHETIC), set()
-    for i in range(60):
+def test_judge_catches_every_planted_fault(monkeypatch):
+    planted = set()
+    for i in range(300):
         rng = np.random.default_rng([3, i])
-        _, events = make_data.synthesise(rng)
+        events = make_data.synthesise(rng)[1]
+        monkeypatch.setattr(make_data, "QA_FAULT_SHARE", i % 2)
+        monkeypatch.setattr(make_data, "COT_FAULT_SHARE", 1)
         for category in make_data.QUESTIONS:
             row = make_data.write_row(category, events, rng)
             assert make_data.judge(row, events) == ("sft", "")
-            for verdict, faults in {"discarded": make_data.QA_FAULTS,
-                                    "rl": make_data.COT_FAULTS}.items():
-                for fault in faults:
-                    if re.search(faults[fault], json.dumps(row)):
-                        bad = make_data.plant(fault, row, kinds, rng)
-                        assert make_data.judge(bad, events)[0] == verdict, (fault, bad)
-                        planted.add(fault)
+            bad, fault = make_data.plant(row, list(make_data.SYNTHETIC), rng)
+            verdict = "discarded" if fault in make_data.QA_FAULTS else "rl"
+            assert make_data.judge(bad, events)[0] == verdict, (fault, bad)
+            planted.add(fault)
     assert planted == {*make_data.QA_FAULTS, *make_data.COT_FAULTS}
 
 
@@ -633,32 +609,33 @@ def test_questions_by_hand():
 
 @pytest.mark.parametrize("clip_s", [6.0, 7.5, 24.0])
 def test_the_world_has_no_grid_and_is_searched(clip_s):
-    """What the README says of clips: lengths, cells, and how many looks a search needs."""
-    starts, looks = set(), []
+    """What the README says of clips: lengths, gaps, and how many looks a search needs."""
+    starts, looks, shared = set(), [], 0
     for i in range(40):
         rng = np.random.default_rng([4, i])
         wave, events = make_data.synthesise(rng, None, clip_s)
         assert len(wave) == clip_s * 16_000 and len(events) >= clip_s / 2
-        cells = [make_data.segment_of(e) for e in events]
-        for e, (start_s, end_s), (later_s, _) in zip(events, cells, [*cells[1:], (clip_s, 0)]):
-            assert 0.8 <= round(e["end_s"] - e["start_s"], 2) <= 1.5 and end_s <= later_s
-            assert e["start_s"] - start_s < 0.41 and end_s - e["end_s"] < 0.41
-            starts.add(round(e["start_s"] % 0.5, 2))
+        for e, later in zip(events, [*events[1:], {"start_s": clip_s + 0.1, "end_s": clip_s}]):
+            assert 0.8 <= round(e["end_s"] - e["start_s"], 2) <= 1.5
+            assert round(later["start_s"] - e["end_s"], 2) >= 0.09
+            shared += make_data.segment_of(later)[0] < make_data.segment_of(e)[1] <= clip_s
+            starts.add(e["start_s"])
         cot = make_data.write_row("find", events, rng)["cot"]
         looks.append(cot.count("I look for"))
-    assert len(starts) > 30 and {looks.count(n) > 2 for n in (1, 2, 3)} == {True}
+    assert len(starts) > 100 and 10 < shared and {looks.count(n) > 2 for n in (1, 2, 3)} == {True}
 
 
 def test_what_the_detector_learns(model):
-    """A thumbnail knows where a sound begins and goes on; pulses count where all of it is."""
+    """Two sounds that share a thumbnail's token; pulses count where the whole sound is."""
     hum, bell = ({"kind": k, "start_s": a, "end_s": b, "pulses": n} for k, a, b, n in (
-        ("hum", 0.62, 1.9, 2), ("bell", 2.2, 3.0, 3)))
+        ("hum", 0.62, 2.1, 2), ("bell", 2.2, 3.0, 3)))
     detector = train_sft.Detector(model, ["bell", "hum"])
-    kind, pulses = detector.labels([hum, bell], 0.0, 8, 2).tolist()
-    assert kind == [-1, 1, -2, -2, 0, -2, -1, -1] and pulses == [-1] * 8
-    kind, pulses = detector.labels([hum, bell], 0.5, 50, 25).tolist()
+    kind, count = detector.labels([hum, bell], 0.0, 8, 2).tolist()
+    assert kind == [-1, 1, -2, -2, 0, -3, -1, -1] and count == [-1] * 8
+    kind, count = detector.labels([hum, bell], 0.5, 50, 25).tolist()  # all of the hum, not the bell
+    in_order = [detector.COUNTS[c] for c, _ in itertools.groupby(c for c in count if c >= 0)]
+    assert in_order == [(2, 0), (2, 1)] and 35 < sum(c >= 0 for c in count) < 39
     assert [k for k, _ in itertools.groupby(kind)][:6] == [-1, 1, -1, 1, -1, 0]
-    assert set(pulses) == {-1, 0} and 30 < pulses.count(0) < 34  # of the hum, not of the bell
 
 
 def test_same_seed_same_bytes_and_no_shared_clips(data, tmp_path):
@@ -669,28 +646,24 @@ def test_same_seed_same_bytes_and_no_shared_clips(data, tmp_path):
     train = {p.read_bytes() for p in (data / "audio/train").iterdir()}
     assert not train & {p.read_bytes() for p in (data / "audio/test").iterdir()}
     sft, rl, test = (read_rows(data / f"{name}.jsonl") for name in ("sft", "rl", "test"))
-    assert set(rl[0]) == {"id", "audio_path", "question", "multi_choice", "answer"}
-    assert set(sft[0]) == set(rl[0]) | {"cot"}
-    assert set(test[0]) == set(rl[0]) | {"category", "listen_to"}
+    assert {"id", "audio_path", "question", "multi_choice", "answer"} < rl[0].keys()
+    assert sft[0].keys() - rl[0].keys() == {"cot"}
+    assert {row["id"] for row in test}.isdisjoint(row["id"] for row in sft + rl)
 
 
 def test_recorded_sounds(tmp_path):
-    """Four recordings for each of five kinds; what is held out is heard in the test alone."""
+    """Recordings for each of five kinds, also short ones and others' names."""
     folder = tmp_path / "sounds"
     for k, name in enumerate(("Big Drum", "tabla_na", "HISS", "gong", "e3")):
         (folder / name).mkdir(parents=True)
-        for i in range(4):
-            sound = noise(0.3 + 0.5 * i, 10 * k + i).clamp(-1, 1)
-            (folder / name / f"{i}.WAV").write_bytes(wav_bytes(sound))
-    train, test = make_data.read_sounds(folder, 0.25, 0)
-    assert set(train) == set(test) == {"big-drum", "tabla-na", "hiss", "gong", "e3"}
-    for kind in train:
-        heard, held = ({x.tobytes() for x in split[kind]} for split in (train, test))
-        assert (len(heard), len(held)) == (3, 1) and not heard & held
+        for i in range(2):
+            sound = wav_bytes(noise(0.3 + i, 10 * k + i).clamp(-1, 1))
+            (folder / name / f"{i}.WAV").write_bytes(sound)
     job = ["make_data --train-clips 6 --test-clips 2 --sounds", folder, "--out", tmp_path / "data"]
     good(*job)
     clips = read_rows(tmp_path / "data/clips.jsonl")
-    assert {e["kind"] for clip in clips for e in clip["A4_events"]} == set(train)
+    kinds = {e["kind"] for clip in clips for e in clip["A4_events"]}
+    assert kinds == {"big-drum", "tabla-na", "hiss", "gong", "e3"}
     (folder / "gong/0.WAV").write_bytes(wav_bytes(np.zeros(8000)))
     assert "gong/0.WAV: silent" in mistake(*job)
     shutil.rmtree(folder / "gong")
@@ -729,7 +702,7 @@ def test_features_belong_to_their_segment(model, tmp_path):
 
 
 # ------------------------------------------------------------------------- the scripts, end to end
-STAGES = ("--encoder-steps 4 --base-captions 3 --base-instructions 3 --base-batch 2 "
+STAGES = ("--encoder-steps 4 --base-steps 6 --base-batch 2 "
           "--sft-steps 80 --sft-batch 8 --sft-lr 2e-3")  # enough to write tags and answers
 RL = "--steps 3 --questions 2 --group 4 --eval-every 2"
 
@@ -840,9 +813,8 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
 
 @pytest.mark.parametrize("command,says", [
     ("generate --clip nowhere.wav --question q?", "No such file or directory: 'nowhere.wav'"),
-    ("generate --clip nowhere.wav", "needs --question"), ("generate a.wav", "unknown: a.wav"),
-    ("generate --output x", "needs --benchmark"),
-    ("generate --choices a b", "--choices: needs --clip"),
+    ("generate --clip nowhere.wav", "--question: needed"), ("generate a.wav", "unknown: a.wav"),
+    ("generate --choices a b", "--clip and --question: needed"),
     ("train_rl --model nowhere", "nowhere: no Echo checkpoint there"),
     ("train_rl --steps many", "argument --steps: invalid int value: 'many'"),
     ("train_rl --listen twice", "argument --listen: invalid choice: 'twice'"),

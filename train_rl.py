@@ -4,8 +4,7 @@
     python train_rl.py --listen nothing --out runs/rl-text # B', the text-only control, same steps
 
 A step is echo.grpo_step: `questions` prompts, `group` responses to each, rewards, advantages within
-each group, and updates of the clipped objective with a k3 KL to the frozen SFT policy. Left out: a
-value function (GRPO has none), epochs over the same rollouts, length filters.
+each group, and updates of the clipped objective with a k3 KL to the frozen SFT policy.
 """
 # SPDX-License-Identifier: MIT
 import copy
@@ -31,8 +30,7 @@ class Settings(GRPO):
     test: str = "data/test.jsonl"  # rows to evaluate on; none: no evaluation
     audio_root: str = ""        # audio paths are relative to it, or to the data file's folder
     out: str = "runs/rl"        # folder for the log, the save and the model
-    listen: Literal["segment", "nothing", "silence", "elsewhere"] = "segment"  # what is heard at a
-                                # tag; nothing: text reasoning; the last two are controls
+    listen: Literal[tuple(LISTEN)] = "segment"  # or nothing: text reasoning; silence, elsewhere
     steps: int = 25             # the paper: one epoch of 21.9k rows
     questions: int = 16         # prompts a step; the paper: 64
     lr: float = 1.5e-4          # the paper: 1e-6, for 7 billion parameters
@@ -71,11 +69,8 @@ def train(policy, settings):
         n = sum_over_processes(len(parts))
         by_name = {f"reward_{name}": sum_over_processes(sum(part[name] for part in parts)) / n
                    for name in parts[0]}
-        rewards = torch.tensor([sum(part.values()) for part in parts]).view(-1, settings.group)
-        flat = (rewards.std(1) < 1e-6).sum().item() * settings.group
         asked = [q for q in questions for _ in range(settings.group)]
         metrics |= {"reward": sum(by_name.values()), **by_name,
-                    "flat_groups": sum_over_processes(flat) / n,
                     **measure(asked, responses), "seconds": time.time() - began}
         training.log(metrics, show=("reward", "accuracy", "segments", "kl", "seconds"))
     check(policy, training, test, settings)
@@ -100,13 +95,13 @@ def run():
     if policy.config.decoder != "tiny":
         settings = parse_settings(Settings, __doc__, PRETRAINED)
     policy.bf16 = settings.bf16
-    if settings.temperature <= 0:
-        raise EchoError(f"--temperature {settings.temperature}: must be above 0, or all responses "
-                        "of a group are the same")
+    if settings.temperature <= 0 or settings.group < 2:
+        raise EchoError("--temperature must be above 0 and --group at least 2, or the responses of "
+                        "a group are all the same")
     multiple = settings.mini_batches * processes()[1]
-    if settings.questions % multiple or settings.group < 2:
+    if settings.questions % multiple:
         raise EchoError(f"--questions {settings.questions}: must be a multiple of --mini-batches x "
-                        f"processes, {multiple}, and --group at least 2")
+                        f"processes, {multiple}")
     if not is_finished(settings.out):
         train(policy, settings)
 

@@ -3,12 +3,12 @@
     python train_sft.py                                     # from data/ to runs/sft
     python train_sft.py --decoder DIR --out runs/qwen       # a pretrained Qwen2 as the decoder
 
-encoder   sound-event detector, from nothing; then frozen for good                  runs/encoder
-base      the decoder learns what is heard where: captions, then instructions       runs/base
+encoder   sound-event detector, then frozen for good, and the projector's start     runs/encoder
+base      the decoder learns what is heard where, and to count it                   runs/base
 sft       the paper's stage 1: grounded chains, text only                           runs/sft
 
 A stage that has its model/ is skipped (rm -r its folder to train it again); one that was killed
-goes on from its last save. Left out: packing of several rows into one sequence.
+goes on from its last save.
 """
 # SPDX-License-Identifier: MIT
 import functools
@@ -30,8 +30,8 @@ from echo import (SAMPLE_RATE, THUMBNAIL_RATE, TOKENS_PER_SECOND, Config, Echo, 
                   SmallEncoder, batches, cut, load, main, optimizer_step, parse_segment,
                   parse_settings, pick_device, processes, read_decoder, read_whisper, save,
                   sft_loss, split_segments, sum_over_processes)
-from make_data import (NUMBERS, QUESTIONS, from_edge, load_audio, look_for, pick, questions_about,
-                       read_questions, read_rows, segment_of, then_comes, write_atomically,
+from make_data import (NUMBERS, QUESTIONS, from_edge, load_audio, look_for, pick, point_to,
+                       questions_about, read_questions, read_rows, segment_of, write_atomically,
                        write_row)
 
 
@@ -44,9 +44,8 @@ class Settings:
     decoder: str = "tiny"            # or a Qwen2 checkpoint: a name or a local folder
     encoder: str = "small"           # or a Whisper checkpoint: a name or a local folder
     thumbnail: bool = True           # --no-thumbnail: the first listen is at the full rate
-    encoder_steps: int = 1000        # of 32 segments and 4 whole clips
-    base_captions: int = 150         # steps
-    base_instructions: int = 1300    # steps
+    encoder_steps: int = 1000        # of 24 pieces and 8 whole clips
+    base_steps: int = 1450
     base_batch: int = 8
     base_lr: float = 1e-3
     sft_steps: int = 150             # the paper: one epoch of 75.9k rows
@@ -59,12 +58,10 @@ class Settings:
     save_every: int = 250            # steps
 
 # With a pretrained decoder the defaults are, as measured for the README:
-PRETRAINED = dict(base_captions=100, base_instructions=300, base_lr=5e-5, sft_steps=20, sft_batch=8,
-                  sft_lr=2e-5, projector_rate=0.2, micro_batch=8, save_every=40,
-                  bf16=torch.cuda.is_available())
+PRETRAINED = dict(base_steps=400, base_lr=5e-5, sft_steps=20, sft_batch=8, sft_lr=2e-5,
+                  projector_rate=0.2, micro_batch=8, save_every=40, bf16=torch.cuda.is_available())
 
 
-# ---------------------------------------------------------------------------------- stage 1: SFT
 def train_sft(model, training, settings):
     """The paper's stage 1: chains that point at segments, as text. No audio follows a tag here."""
     rows = read_questions(settings.data, settings.audio_root, needs=("answer", "cot"))
@@ -173,7 +170,6 @@ class Training:
 
 
 def is_finished(folder):
-    """Has this folder its model?"""
     finished = (Path(folder) / "model").is_dir()
     if finished and processes()[0] == 0:
         print(f"{folder}: already trained (rm -r {folder} to train it again)")
@@ -200,18 +196,14 @@ def features_of(model, keep=16_384):
 def tiny_tokenizer(texts):
     """Byte-level BPE trained on the toy's texts: their words, tags and times become one token each,
     and any other text still works."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    bpe = tokenizers.ByteLevelBPETokenizer()
     words = tokenizers.Regex(r" ?</?[a-z]+>| ?\d+\.\d| ?\w[\w-]*|[^\w\s]|\s+")
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
         tokenizers.pre_tokenizers.Split(words, "isolated"),
-        byte_level(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
-        vocab_size=4096, min_frequency=2, show_progress=False, special_tokens=["<|end|>"],
-        initial_alphabet=sorted(byte_level.alphabet())))
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.train_from_iterator(texts, 4096, show_progress=False, special_tokens=["<|end|>"])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
+        tokenizer_object=tokenizers.Tokenizer.from_str(bpe.to_str()), eos_token="<|end|>")
 
 
 def tiny_decoder(vocab_size, dim=128, layers=4, heads=4):
@@ -260,13 +252,11 @@ def new_model(settings, described):
     if settings.decoder != "tiny":
         config.max_new_tokens = 512
         return Echo(config, encoder, *read_decoder(settings.decoder))
-    texts = [f"{t / 10:.1f}" for t in range(300)] * 2
-    for q in read_questions(settings.data, settings.audio_root, needs=("answer", "cot")):
-        texts += [f' {q.question} Choose from ["{q.answer}", "].\n{q.row["cot"]}']
-        texts += [text for choice in q.choices for text in (choice, " " + choice)]
+    texts = [f"{t / 10:.1f} Describe the and what comes after it. end" for t in range(300)] * 2
     for _, events in described:
-        texts += [f" Describe every sound. Describe and what comes {said}"
-                  for said in look_for(events)]
+        for row in questions_about(events):
+            choices = json.dumps([row["answer"], row["name"]])
+            texts.append(f" {row['question']} Choose from {choices}.\n{row['cot']}")
     tokenizer = tiny_tokenizer(texts)
     return Echo(config, encoder, tiny_decoder(len(tokenizer)), tokenizer)
 
@@ -277,14 +267,13 @@ def read_clips(settings):
     for number, row in enumerate(read_rows(settings.clips, ("audio_path",)), 1):
         try:
             events = sorted(row["A4_events"], key=lambda e: e["start_s"])
-            good = all(e["kind"].strip() and 0 <= e["start_s"] < e["end_s"] for e in events)
-            asked = {question["category"] for question in questions_about(events)}
+            good = {q["category"] for q in questions_about(events)} == set(QUESTIONS)
+            good &= all(e["kind"].strip() and 0 <= e["start_s"] < e["end_s"] for e in events)
         except (TypeError, KeyError, AttributeError):
             good = False
-        if not good or asked != set(QUESTIONS):
-            raise EchoError(f"{settings.clips}, row {number}: 'A4_events' must be a list of events "
-                            "with kind, start_s, end_s and 2 to 6 pulses, to ask each kind of "
-                            "question about")
+        if not good:
+            raise EchoError(f"{settings.clips}, row {number}: 'A4_events' must be events with kind,"
+                            " start_s, end_s and 2 to 6 pulses, to ask each kind of question about")
         described.append((root / row["audio_path"], events))
     kinds = sorted({e["kind"] for _, events in described for e in events})
     if len(kinds) < 5:
@@ -292,77 +281,76 @@ def read_clips(settings):
     return described, kinds
 
 
-# ---------------------------------------------------------------------------------- encoder
 class Detector(nn.Module):
     """Sound-event detector: the encoder, and two linear heads. One gives each token the embedding
-    of the words for what it holds; the other counts pulses, at the full rate."""
+    of the words for what it holds, and becomes the projector; the other counts at the full rate:
+    which pulse of how many is this? A pretrained encoder stays as it is."""
+    COUNTS = [(n, nth) for n in NUMBERS for nth in range(n)]
 
     def __init__(self, model, kinds):
         super().__init__()
-        self.kinds, self.encoder = kinds, model.encoder.requires_grad_(True)
+        self.kinds, self.encoder = kinds, model.encoder
+        self.encoder.requires_grad_(model.config.encoder == "small")
         table = model.decoder.get_input_embeddings().weight.detach()
         self.names, self.numbers = (torch.stack(
             [*(table[model.tokenize(" " + word)].mean(0) for word in words), 0 * table[0]])
-            for words in ([*kinds, "and"], NUMBERS.values()))
+            for words in ([*kinds, "end", "and"], [NUMBERS[n] for n, _ in self.COUNTS]))
+        self.scale = self.names[0].square().mean().sqrt()
         self.words = nn.Linear(model.encoder.dim, table.shape[1])
-        self.pulses = nn.Linear(model.encoder.dim, len(NUMBERS))
+        self.counts = nn.Linear(model.encoder.dim, len(self.COUNTS))
 
     def labels(self, events, start_s, n, rate):
-        """What n tokens from `start_s` on hold, as indices: kind, -2 for "and", -1 for silence; and
-        number of pulses, or -1: (2, n). At the full rate a pulse has a kind, a gap is silent, and
-        pulses count if the whole sound is there. A thumbnail's token has the kind of the sound that
-        begins in it, "and" if one goes on: so that a sound's first token stands out."""
-        begin = start_s + torch.arange(n) / rate  # of each token
-        kind, pulses = torch.full((2, n), -1)
+        """What n tokens from `start_s` on hold, as indices: kind, -3 for "end", -2 for "and", -1
+        for silence; and which of COUNTS, or -1: (2, n). At the full rate a pulse has a kind, a gap
+        is silent, and pulses count if the whole sound is there. A thumbnail's token has the kind of
+        the sound that begins in it, else "end" if one ends in it, else "and" if one goes on: so
+        that the end of each is known, even where the next one begins in the same token."""
+        kind, count = torch.full((2, n), -1)
         for e in events:
+            first, after = (round((t_s - start_s) * rate) for t_s in segment_of(e))
             if rate == THUMBNAIL_RATE:
-                touched = (begin + 1 / rate > e["start_s"] + 0.02) & (begin < e["end_s"] - 0.02)
-                kind[touched] = -2
-                kind[touched & (begin <= e["start_s"])] = self.kinds.index(e["kind"])
+                kind[first:after] = -2
+                kind[after - 1:after] = -3
+                kind[first:first + 1] = self.kinds.index(e["kind"])
                 continue
-            share = (begin + 0.5 / rate - e["start_s"]) / (e["end_s"] - e["start_s"])
-            if start_s <= e["start_s"] and e["end_s"] <= start_s + n / rate:
-                pulses[(share > 0) & (share < 1)] = list(NUMBERS).index(e["pulses"])
-            inside = (share > 0) & (share < 1) & (from_edge(e["pulses"], share) > 0)
-            kind[inside] = self.kinds.index(e["kind"])
-        return torch.stack([kind, pulses])
-
-    def targets(self, labels):
-        """Labels (..., 2, n) -> the sum of the words' embeddings, (..., n, decoder dim)."""
-        return self.names[labels[..., 0, :]] + self.numbers[labels[..., 1, :]]
+            time = start_s + (torch.arange(n) + 0.5) / rate  # the middle of each token
+            share = (time - e["start_s"]) / (e["end_s"] - e["start_s"])
+            inside = (share > 0) & (share < 1)
+            kind[inside & (from_edge(e["pulses"], share) > 0)] = self.kinds.index(e["kind"])
+            if first >= 0 and after <= n:
+                nth = (share * e["pulses"]).long()
+                count[inside] = self.COUNTS.index((e["pulses"], 0)) + nth[inside]
+        return torch.stack([kind, count])
 
     def forward(self, waves, labels, thumbnail):
         """Waveforms (B, N), labels (B, 2, n) -> mean loss of a token."""
-        x, pulses = self.encoder(waves, thumbnail), labels[:, 1]
-        apart = (self.words(x) - self.targets(labels)).square().sum(2).mean()
-        return apart / self.names[0].square().sum() + 3 * F.cross_entropy(
-            self.pulses(x).flatten(0, 1), pulses.flatten(), reduction="sum",
-            ignore_index=-1) / pulses.numel()
+        x, (kind, count) = self.encoder(waves, thumbnail), labels.unbind(1)
+        target = (self.names[kind] + self.numbers[count]) / self.scale
+        counted = F.cross_entropy(self.counts(x).flatten(0, 1), count.flatten(), reduction="sum",
+                                  ignore_index=-1) / count.numel()
+        return F.mse_loss(self.words(x), target) + 3 * counted
 
 
 def train_encoder(detector, training, described, settings):
-    """Each step: segments of one length at the full rate, and thumbnails of whole clips."""
+    """Each step: pieces at the full rate, of one length, each from where a sound's segment begins,
+    and thumbnails of whole clips."""
     detector.train()  # nothing drops out, but cuDNN's GRU asks for it
     waves = [load_audio(path) for path, _ in tqdm(described, "reading clips")]
     shortest_s = min(map(len, waves)) / SAMPLE_RATE
-    whole, segments = [(i, 0.0) for i in range(len(waves))], {}  # (clip, start_s); by length_s
-    for i, (_, events) in enumerate(described):
-        for start_s, end_s in map(segment_of, events):
-            segments.setdefault(end_s - start_s, []).append((i, start_s))
-    often = np.sqrt([len(some) for some in segments.values()])  # the rarer lengths, too
     for step in training.steps(settings.encoder_steps, "encoder"):
-        rng = np.random.default_rng([settings.seed, step])
-        length_s = rng.choice(list(segments), p=often / often.sum())
-        parts = {"segment_loss": (segments[length_s], length_s, TOKENS_PER_SECOND, 32)}
+        rng, metrics = np.random.default_rng([settings.seed, step]), {}
+        start_s, end_s = segment_of(rng.choice(described[rng.integers(len(waves))][1]))
+        parts = {"segment_loss": (TOKENS_PER_SECOND, end_s - start_s, 24)}
         if settings.thumbnail:
-            parts["first_loss"] = whole, shortest_s, THUMBNAIL_RATE, 4
-        metrics = {}
-        for name, (places, length_s, rate, batch) in parts.items():
+            parts["first_loss"] = THUMBNAIL_RATE, shortest_s, 8
+        for name, (rate, length_s, batch) in parts.items():
             n, pieces, labels = math.ceil(length_s * rate - 1e-6), [], []
             mine = range(batch)[training.rank::training.world]
             for k in mine:
                 rng = np.random.default_rng([settings.seed, step, k])
-                i, start_s = places[rng.integers(len(places))]
+                i, start_s = rng.integers(len(waves)), 0.0
+                if rate == TOKENS_PER_SECOND:
+                    start_s = segment_of(rng.choice(described[i][1]))[0]
                 piece = cut(waves[i], start_s, start_s + length_s)
                 pieces.append(F.pad(piece, (0, round(length_s * SAMPLE_RATE) - len(piece))))
                 labels.append(detector.labels(described[i][1], start_s, n, rate))
@@ -376,65 +364,35 @@ def train_encoder(detector, training, described, settings):
         training.log(metrics, show=parts, every=25)
 
 
-@torch.no_grad()
-def start_projector(model, detector, described):
-    """Start the projector, by least squares, where an audio token looks like the words for what it
-    holds."""
-    clips = features_of(model)
-    x, y = [], []
-    first_rate = THUMBNAIL_RATE if model.config.thumbnail else TOKENS_PER_SECOND
-    for path, events in tqdm(described[:300], "projector"):
-        heard = [(clips(path), 0.0, first_rate)]
-        for times in map(segment_of, events):
-            heard.append((clips(path, times), times[0], TOKENS_PER_SECOND))
-        for tokens, start_s, rate in heard:
-            labels = detector.labels(events, start_s, len(tokens), rate)
-            x.append(F.pad(tokens.cpu(), (0, 1), value=1.0))
-            y.append(detector.targets(labels).cpu())
-    # features end in a LayerNorm: they and the column of ones are linearly dependent, so that
-    # without rcond lstsq would fit rounding noise
-    solution = torch.linalg.lstsq(torch.cat(x).double(), torch.cat(y).double(), rcond=1e-6).solution
-    model.projector.weight.copy_(solution[:-1].T)
-    model.projector.bias.copy_(solution[-1])
-
-
-# ---------------------------------------------------------------------------------- base
 def train_base(model, training, settings):
-    """Captions until places are known, then instructions, half of them on short clips."""
+    """Half of the samples describe a whole clip, half answer a question about short clips."""
     clips, (described, kinds) = features_of(model), read_clips(settings)
     mine = range(settings.base_batch)[training.rank::training.world]
-    steps = settings.base_captions + settings.base_instructions
-    for step in training.steps(steps, "base"):
-        samples, instruct = [], step >= settings.base_captions
+    for step in training.steps(settings.base_steps, "base"):
+        samples = []
         for i, k in zip(training.batch(len(described), settings.base_batch), mine):
             rng = np.random.default_rng([settings.seed, step, k])
-            if instruct and rng.random() < 0.5:
-                samples.append(short_clips(model, *described[i], clips, rng, kinds))
-            else:
-                samples.append(whole_clip(model, *described[i], clips, rng, instruct))
-        lr = settings.base_lr * linear_schedule(step, steps)
+            sample = short_clips if rng.random() < 0.5 else whole_clip
+            samples.append(sample(model, *described[i], clips, rng, kinds))
+        lr = settings.base_lr * linear_schedule(step, settings.base_steps)
         fit(model, training, samples, lr, settings.micro_batch)
 
 
-def whole_clip(model, path, events, clips, rng, instruct):
-    """Captions name every sound in RANDOM order: in order of time, where a sound is could be had
-    without its name. Instructions name kinds to describe, or one sound, which may have to be
-    searched, and all that follows it; half of them come with the segments' audio."""
-    kinds = list(map(str, rng.permutation(list(dict.fromkeys(e["kind"] for e in events)))))
-    if instruct and rng.random() > 0.3:
+def whole_clip(model, path, events, clips, rng, kinds):
+    """Describe one sound, which may have to be searched, and all that follows it; or all kinds of
+    sound, in RANDOM order: in order of time, where a sound is could be had without its name. A
+    quarter of the descriptions come with the segments' audio."""
+    if rng.random() < 0.7:
         row = pick(str(rng.choice(["find", "count_after"])), events, rng)
         *looks, target = row["listen_to"]
         ask = f"the {row['name']} and what comes after it"
-        said = look_for(looks) + list(map(then_comes, events[events.index(target):]))
+        said = look_for(looks) + list(map(point_to, events[events.index(target):]))
     else:
-        ask = "every sound"
-        if instruct:
-            kinds = kinds[:rng.integers(1, len(kinds) + 1)]
-            ask = ", ".join("the " + kind for kind in kinds)
+        kinds = rng.permutation(sorted({e["kind"] for e in events}))
+        ask = ", ".join("the " + kind for kind in kinds)
         said = sum((look_for([e for e in events if e["kind"] == kind]) for kind in kinds), [])
-    listen = instruct and rng.random() < 0.5
     prompt = model.prompt(clips(path), f"Describe {ask}.")
-    return add_grounded(model, prompt, " ".join(said), path, clips, listen)
+    return add_grounded(model, prompt, " ".join(said), path, clips, listen=rng.random() < 0.25)
 
 
 def short_clips(model, path, events, clips, rng, kinds):
@@ -461,7 +419,6 @@ def add_grounded(model, sample, text, path, clips, listen, place=True):
     return model.add_response(sample, rest)
 
 
-# ---------------------------------------------------------------------------------- the stages
 def run_stage(stage, settings, device):
     """Train one stage, from the model of the one before."""
     folder = Path(settings.out) / stage
@@ -473,9 +430,9 @@ def run_stage(stage, settings, device):
         model = new_model(settings, described).to(device)
         detector = Detector(model, kinds).to(device)
         training = Training(folder, detector, settings)
-        if settings.encoder == "small":
-            train_encoder(detector, training, described, settings)
-        start_projector(model, detector, described)
+        train_encoder(detector, training, described, settings)
+        scaled = {k: detector.scale * v for k, v in detector.words.state_dict().items()}
+        model.projector.load_state_dict(scaled)  # audio tokens look like words for what they hold
     else:
         before, train = {"base": ("encoder", train_base), "sft": ("base", train_sft)}[stage]
         model = load(folder.with_name(before), device)
@@ -490,9 +447,8 @@ def run():
     if settings.decoder != "tiny":
         settings = parse_settings(Settings, __doc__, PRETRAINED)
     device = pick_device(train=True)
-    smallest, (_, world) = min(4, settings.base_batch, settings.sft_batch), processes()
-    if smallest < world:
-        raise EchoError(f"{world} processes for a batch of {smallest}; start fewer")
+    if processes()[1] > min(8, settings.base_batch, settings.sft_batch):
+        raise EchoError("more processes than rows of a batch (the encoder's: 8); start fewer")
     for stage in ("encoder", "base", "sft"):
         run_stage(stage, settings, device)
 

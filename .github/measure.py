@@ -20,7 +20,7 @@ import echo  # noqa: E402
 from echo import GRPO, cut, grpo_step, load, rollouts  # noqa: E402
 from generate import COLOURS, answer, measure  # noqa: E402
 from make_data import (load_audio, look_for, read_questions, read_rows, segment_of,  # noqa: E402
-                       then_comes)
+                       point_to)
 
 
 def seconds(call, repeat=3):
@@ -119,7 +119,7 @@ def chain(model, q, waves):
     wave, looks = waves[q.path], q.row["listen_to"]
     sample = model.prompt(model.hear([wave], True)[0], q.question, q.choices)
     decisions = []
-    for k, said in enumerate([*look_for(looks[:-1]), then_comes(looks[-1])]):
+    for k, said in enumerate([*look_for(looks[:-1]), point_to(looks[-1])]):
         before, tag, after = said.partition("</seg>")
         if k:
             decisions.append((len(sample.ids), k < len(looks) - 1))
