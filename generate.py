@@ -133,8 +133,8 @@ def use(model, settings):
     elif clip or question or choices:
         raise EchoError("--clip and --question: needed are both, and perhaps --choices a b c d")
     else:
-        toy = read_questions("data/test.jsonl")
-        questions = [q for q in toy if q.category == "find"][:1]
+        toy = read_questions("data/test.jsonl")  # the one that needs the most looks
+        questions = [max(toy, key=lambda q: len(q.row.get("listen_to", ())))]
     responses = answer(model, questions, LISTEN[settings.listen], settings.batch)
     broken = [f"{q.row.get('id', q.path)}: {r.ended}" for q, r in zip(questions, responses)
               if not r.logprobs]

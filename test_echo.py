@@ -245,11 +245,6 @@ def respond(model, waves, questions=None, seeds=None, **more):
                     seeds=seeds or range(len(waves)), **more)
 
 
-def number(row):
-    """The seed of a row, or its last part."""
-    return int(np.ravel(row.draws.bit_generator.seed_seq.entropy)[-1])
-
-
 def n_prompt(row):
     return row.sample.trained.index(True)
 
@@ -263,7 +258,8 @@ def write(monkeypatch):
 
         def sample_tokens(logits, rows, temperature):
             logp = (logits / (temperature or 1.0)).log_softmax(-1)
-            tokens = [ids[number(row) % len(ids)][len(row.logprobs)] for row in rows]
+            seeds = [np.ravel(row.draws.bit_generator.seed_seq.entropy)[-1] for row in rows]
+            tokens = [ids[seed % len(ids)][len(row.logprobs)] for seed, row in zip(seeds, rows)]
             return tokens, [logp[k, token].item() for k, token in enumerate(tokens)]
         monkeypatch.setattr(echo, "sample_tokens", sample_tokens)
     return write
