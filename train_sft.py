@@ -268,12 +268,12 @@ def read_clips(settings):
         try:
             events = sorted(row["A4_events"], key=lambda e: e["start_s"])
             good = {q["category"] for q in questions_about(events)} == set(QUESTIONS)
-            good &= all(e["kind"].strip() and 0 <= e["start_s"] < e["end_s"] for e in events)
+            good &= all(e["kind"].strip() and 0 <= e["start_s"] < e["end_s"] - 0.1 for e in events)
         except (TypeError, KeyError, AttributeError):
             good = False
         if not good:
-            raise EchoError(f"{settings.clips}, row {number}: 'A4_events' must be events with kind,"
-                            " start_s, end_s and 2 to 6 pulses, to ask each kind of question about")
+            raise EchoError(f"{settings.clips}, row {number}: needed: 'A4_events' with kind, start_s, "
+                            "end_s (0.1 s later or more) and 2 to 6 pulses, for each kind of question")
         described.append((root / row["audio_path"], events))
     kinds = sorted({e["kind"] for _, events in described for e in events})
     if len(kinds) < 5:
@@ -388,9 +388,9 @@ def whole_clip(model, path, events, clips, rng, kinds):
         ask = f"the {row['name']} and what comes after it"
         said = look_for(looks) + list(map(point_to, events[events.index(target):]))
     else:
-        kinds = rng.permutation(sorted({e["kind"] for e in events}))
-        ask = ", ".join("the " + kind for kind in kinds)
-        said = sum((look_for([e for e in events if e["kind"] == kind]) for kind in kinds), [])
+        heard = rng.permutation(sorted({e["kind"] for e in events}))
+        ask = ", ".join("the " + kind for kind in heard)
+        said = sum((look_for([e for e in events if e["kind"] == kind]) for kind in heard), [])
     prompt = model.prompt(clips(path), f"Describe {ask}.")
     return add_grounded(model, prompt, " ".join(said), path, clips, listen=rng.random() < 0.25)
 
