@@ -17,8 +17,9 @@ A response is plain text, tags and all, as in this chain, from which stage 1 lea
 
     <think>the hum <seg>1.0, 2.5</seg> the hum has two pulses.</think><answer>two</answer>
 
-Stage 1, SFT, teaches to write tags: the clip is in the prompt, and no audio follows a tag. Stage 2,
-RL, teaches to gain from what the tags bring. Each is a loop around these lines:
+Stage 1, SFT, teaches to write tags: the clip is in the prompt, no audio follows a tag; what it is
+like at the full rate, the base model knows from questions about short clips. Stage 2, RL, teaches
+to gain from what the tags bring. Each is a loop around these lines:
 
     prompt = policy.prompt(policy.hear([wave], first_listen=True)[0], question, choices)
     sft_loss(policy, [policy.add_response(prompt, chain), ...]).backward()
@@ -65,7 +66,8 @@ class Config:
                                   # finds something new; False: 25 a second, as in the paper
     min_segment_s: float = 0.2    # as in the paper
     max_segment_s: float = 30.0
-    end_slack_s: float = 0.5      # an end this far past the clip is taken as the clip's end
+    end_slack_s: float = 0.5      # an end this far past the clip is taken as its end: so far past
+                                  # it the last time in the prompt may be
     max_turns: int = 8            # segments heard in one response, as in the paper
     max_new_tokens: int = 100     # sampled tokens of a response
 
@@ -98,8 +100,8 @@ def split_segments(text):
 
 
 def parse_segment(tag, duration_s, turns=0, config=Config()):
-    """A closed tag -> Segment, after `turns` heard ones; never raises. What is wrong with it stands
-    in `refused`."""
+    """A closed tag -> Segment; never raises: what is wrong with it stands in `refused`. turns: how
+    many were heard before."""
     match = TAG.fullmatch(tag)
     if not match:
         return Segment(tag, refused="malformed")
@@ -182,7 +184,7 @@ class Echo(nn.Module):
         by one, so that nothing is padded, and each distinct one once."""
         thumbnail = first_listen and self.config.thumbnail
         keys = [wave.numpy().tobytes() for wave in waves]
-        distinct = dict(zip(keys, waves))  # a group shares its clip, and often a segment
+        distinct = dict(zip(keys, waves))  # for speed: a group shares its clip, often a segment
         features = {key: self.encoder(wave[None].to(self.device), thumbnail)[0]
                     for key, wave in distinct.items()}
         return [features[key] for key in keys]
@@ -190,8 +192,8 @@ class Echo(nn.Module):
     def prompt(self, features, question, choices=()):
         """What a response continues: the first listen, its times as text, and the question.
             [audio]0.0[audio]0.5 ... [audio]5.5 6.0 How many pulses has the hum? Choose from ...
-        features: (n, encoder dim) of the first listen; [] for a question without a clip. After a
-        token stands the time at which it starts, at the full rate once a second; last, the end."""
+        features: (n, encoder dim) of the first listen; [] for a question without a clip. A token is
+        followed by its start time, at the full rate one a second is; last stands their end."""
         sample = Sample()
         rate = THUMBNAIL_RATE if self.config.thumbnail else TOKENS_PER_SECOND
         every = 1 if self.config.thumbnail else rate
@@ -210,9 +212,8 @@ class Echo(nn.Module):
         return sample.add(self.tokenize(text) + [self.tokenizer.eos_token_id], trained=True)
 
     def embed(self, samples, since=None):
-        """Each sample from index `since` on, its ids embedded, its audio projected, padded on the
-        left, so that the last column holds the newest of each row: x (B, T, D), and the mask of
-        these columns alone, (B, T)."""
+        """Embeddings x (B, T, D) of each sample's ids and audio from index `since` on, padded on
+        the left, and the mask of these T columns."""
         since = since or [0] * len(samples)
         new = [s.ids[start:] for s, start in zip(samples, since)]
         audio = [a for s, start in zip(samples, since) for a in s.audio[start:] if a is not None]
@@ -229,8 +230,7 @@ class Echo(nn.Module):
         position = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1]:]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return self.decoder.model(
-                inputs_embeds=x, attention_mask=mask, position_ids=position,
-                cache=cache,  # named past_key_values before transformers 5.24
+                inputs_embeds=x, attention_mask=mask, position_ids=position, cache=cache,
                 use_cache=cache is not None).last_hidden_state
 
     def logits(self, hidden):
@@ -283,7 +283,7 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
     """Decode a response to each question about its clip: in training, evaluation and use.
     questions: objects with .question and .choices; waves: their clips, (N,); listen(wave, start_s,
     end_s) -> the waveform that is heard, listen=None: nothing is, text reasoning; temperature 0 is
-    greedy; seeds: a number or a tuple of them for each response, None: afresh. -> Rollouts."""
+    greedy; seeds: one, a number or a tuple, for each response; None: afresh. -> Rollouts."""
     rows = []
     room = model.decoder.config.max_position_embeddings // 2  # the rest: for the response
     seeds = seeds or [None] * len(waves)
@@ -304,7 +304,7 @@ def decode(model, rows, listen, temperature):
     """Write the responses of a batch in one KV cache. A row runs, waits for audio, or has ended. A
     pass feeds each row what the cache lacks of it, padded on the left: its prompt, then the id
     sampled last, audio, both, or nothing. 25 audio tokens for one row are 25 columns of padding for
-    the others: so a row that asks for audio waits until half of the unfinished ones do."""
+    the others: for speed alone, a row that asks waits until half of the unfinished ones do."""
     cache = transformers.DynamicCache(config=model.decoder.config)
     mask = torch.zeros(len(rows), 0, dtype=torch.long, device=model.device)
     while not all(row.ended for row in rows):
@@ -320,7 +320,7 @@ def decode(model, rows, listen, temperature):
             add_token(model, row, token, logp, listen)
         waiting = [row for row in rows if row.waiting]
         unfinished = [row for row in rows if not row.ended]
-        if 2 * len(waiting) >= len(unfinished):  # so, if all wait, too
+        if 2 * len(waiting) >= len(unfinished):
             listen_again(model, waiting, listen)
 
 
@@ -345,8 +345,8 @@ def add_token(model, row, token, logp, listen):
     if not segment.refused and row.ended:
         segment.refused = "at the limit of tokens"
     row.segments.append(segment)
-    segment.heard = not segment.refused  # in listen_again(), before the row goes on
-    row.waiting = segment.heard          # one that is refused is not told
+    segment.heard = not segment.refused  # the audio follows in listen_again()
+    row.waiting = segment.heard          # after a refused one the text just goes on
 
 
 def listen_again(model, rows, listen):
@@ -378,8 +378,8 @@ def format_reward(text):
 
 
 def consistency_reward(text):
-    """-0.1 for every </seg> followed by a capital or a tag (the paper), or by no word before the
-    next tag or the end (here); at least -0.5."""
+    """-0.1 for every </seg> after which the sentence does not go on: a capital or a tag follows
+    (the paper), or no word before the next tag or the end (here); at least -0.5."""
     after = [part.split("<")[0].strip() for part in text.split("</seg>")[1:]]  # said before a tag
     broken_off = sum(not re.search(r"\w", said) or said[0].isupper() for said in after)
     return max(-0.5, -0.1 * broken_off)
@@ -391,7 +391,7 @@ def paper_reward(rollout, answer):
     return {"format": format_reward(rollout.text),
             "consistency": consistency_reward(rollout.text),
             "accuracy": 0.5 * right,
-            "segment": 0.5 * (right and bool(rollout.heard_segments))}  # any one
+            "segment": 0.5 * (right and bool(rollout.heard_segments))}  # one is enough
 
 
 # =========================================================================================== 6 GRPO
@@ -448,9 +448,9 @@ def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
         return model([responses[i].sample for i in batch], grpo.temperature)
 
     shares = np.array_split(np.arange(len(responses)), grpo.mini_batches)
-    # Without an advantage, as in a flat group, a response would add its KL alone. It is left out,
-    # unlike in the paper: a step of the toy is 1.8 times as fast. (1e-3: for rounding.)
-    # updates[update][micro-batch]: indices into responses; old_logps alike: (tokens,)
+    # Without an advantage, as in a flat group, a response would add its KL alone. Such a one is
+    # left out, unlike in the paper: a step of the toy is 1.8 times as fast. (1e-3: for rounding.)
+    # updates: of each, its micro-batches of indices; old_logps: of each micro-batch, (tokens,)
     updates = [batches([i for i in share if abs(advantages[i]) > 1e-3], grpo.micro_batch)
                for share in shares]
     # Old log-probs: all before the first update, and not from decoding, whose rounding differs,
@@ -682,7 +682,7 @@ def parse_settings(cls, doc, defaults={}):
         fail(f"unknown: {' '.join(rest)}")
     for f in dataclasses.fields(cls):
         value = getattr(settings, f.name)
-        least = int(type(f.default) is int and f.default > 0)  # a count that is 0 by default may be
+        least = int(type(f.default) is int and f.default > 0)  # what is 0 by default may be 0
         if type(value) in (int, float) and not value >= least:
             fail(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
     return settings

@@ -817,7 +817,7 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
     ("train_rl --temperature 0", "must be above 0"), ("train_rl --lr -1", "--lr -1.0: must be at"),
     ("train_rl --questions 3 --mini-batches 2", "must be a multiple of"),
     ("train_rl --step 3", "unknown: --step 3"),
-    ("train_sft --clips bare.jsonl --out new", "row 1: needed: 'A4_events'"),
+    ("train_sft --clips bare.jsonl --out new", "row 1: needs 'A4_events'"),
     ("train_sft --clips few.jsonl --out new", "few.jsonl: 2 kinds of sound"),
     ("train_sft --decoder no/qwen --out new", "no/qwen"),
     ("make_data --seed x", "argument --seed: invalid int value: 'x'")])

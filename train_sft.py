@@ -272,8 +272,8 @@ def read_clips(settings):
         except (TypeError, KeyError, AttributeError):
             good = False
         if not good:
-            raise EchoError(f"{settings.clips}, row {number}: needed: 'A4_events' with kind, start_s, "
-                            "end_s (0.1 s later or more) and 2 to 6 pulses, for each kind of question")
+            raise EchoError(f"{settings.clips}, row {number}: needs 'A4_events' with kind, start_s,"
+                            " end_s (over 0.1 s later), 2 to 6 pulses, for each kind of question")
         described.append((root / row["audio_path"], events))
     kinds = sorted({e["kind"] for _, events in described for e in events})
     if len(kinds) < 5:
