@@ -17,9 +17,9 @@ A response is plain text, tags and all, as in this chain, from which stage 1 lea
 
     <think>the hum <seg>1.0, 2.5</seg> the hum has two pulses.</think><answer>two</answer>
 
-Stage 1, SFT, teaches to write tags: the clip is in the prompt, no audio follows a tag; what it is
-like at the full rate, the base model knows from questions about short clips. Stage 2, RL, teaches
-to gain from what the tags bring. Each is a loop around these lines:
+Stage 1, SFT, teaches to write tags: the clip is in the prompt, no audio follows a tag; what sounds
+are like at the full rate, the base model knows from questions about short clips. Stage 2, RL,
+teaches to gain from what the tags bring. Each is a loop around these lines:
 
     prompt = policy.prompt(policy.hear([wave], first_listen=True)[0], question, choices)
     sft_loss(policy, [policy.add_response(prompt, chain), ...]).backward()
@@ -109,8 +109,8 @@ def parse_segment(tag, duration_s, turns=0, config=Config()):
     if duration_s < end_s <= duration_s + config.end_slack_s:
         end_s = duration_s
     length_s = end_s - start_s
-    wrong = {"reversed": length_s < 0,
-             "outside the clip": end_s > duration_s,
+    wrong = {"outside the clip": max(start_s, end_s) > duration_s,
+             "reversed": length_s < 0,
              "too short": length_s < config.min_segment_s - 1e-6,  # in floats 0.3 - 0.1 < 0.2
              "too long": length_s > config.max_segment_s + 1e-6,
              "too many turns": turns >= config.max_turns}

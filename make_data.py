@@ -9,7 +9,7 @@ A generator knows the true events of a clip and writes
 A known share of the QA+CoT is broken on purpose. A judge, which sees the row and the events but not
 what was planted, gives two verdicts and so sorts the rows:
     [QA valid] and [CoT valid] -> sft.jsonl     only [QA valid] -> rl.jsonl, chain dropped
-    QA invalid -> discarded.jsonl, with the judge's reason
+    QA invalid -> discarded.jsonl; each row with the judge's reason
 test.jsonl holds questions on clips of its own.
 """
 # SPDX-License-Identifier: MIT
@@ -171,7 +171,7 @@ def synthesise(rng, recordings=None, clip_s=6.0):
 
 
 def segment_of(event):
-    """The cells that hold 0.05 s or more of a sound, (start_s, end_s): what a thumbnail can know of
+    """The cells that hold over 0.05 s of a sound, (start_s, end_s): what a thumbnail can know of
     its place."""
     return (math.floor((event["start_s"] + 0.05) / CELL_S) * CELL_S,
             math.ceil((event["end_s"] - 0.05) / CELL_S) * CELL_S)

@@ -590,7 +590,7 @@ def test_judge_catches_every_planted_fault(monkeypatch):
 def test_questions_by_hand():
     """A clip with two hums, told apart by listening; only what is clear can be asked."""
     events = [{"kind": k, "start_s": a, "end_s": b, "pulses": n} for k, a, b, n in (
-        ("hum", 0.21, 1.43, 3), ("bell", 2.0, 3.0, 6), ("hum", 3.6, 4.5, 5), ("hiss", 4.9, 6, 2))]
+        ("hum", 0.21, 1.54, 3), ("bell", 2.0, 3.0, 6), ("hum", 3.47, 4.5, 5), ("hiss", 4.9, 6, 2))]
     known = {q["question"]: (q["answer"], q["cot"], q["listen_to"])
              for q in make_data.questions_about(events)}
     assert len(known) == 2 + 1 + 1 + 3 and known["How many pulses has the hiss?"][0] == "two"
@@ -614,6 +614,7 @@ def test_the_world_has_no_grid_and_is_searched(clip_s):
         for e, later in zip(events, [*events[1:], {"start_s": clip_s + 0.1, "end_s": clip_s}]):
             assert 0.8 <= round(e["end_s"] - e["start_s"], 2) <= 1.5
             assert round(later["start_s"] - e["end_s"], 2) >= 0.09
+            assert make_data.segment_of(e)[0] <= e["start_s"] + 0.05
             shared += make_data.segment_of(later)[0] < make_data.segment_of(e)[1] <= clip_s
             starts.add(e["start_s"])
         cot = make_data.write_row("find", events, rng)["cot"]
@@ -690,6 +691,9 @@ def test_broken_rows_are_one_line(tmp_path, content, says):
 def test_features_belong_to_their_segment(model, tmp_path):
     (tmp_path / "a.wav").write_bytes(wav_bytes(noise(1.0)))
     features, wave = train_sft.features_of(model), load_audio(tmp_path / "a.wav")
+    for n, seconds in enumerate((0.2, 1.03, 2.5)):  # a token for each begun piece of time
+        full, first = model.hear([noise(seconds)])[0], model.hear([noise(seconds)], True)[0]
+        assert (len(full), len(first)) == ((5, 1), (26, 3), (63, 5))[n]
     for _ in range(2):
         assert torch.equal(features(tmp_path / "a.wav"), model.hear([wave], True)[0])
         segment = features(tmp_path / "a.wav", (0.2, 0.6))
