@@ -232,6 +232,7 @@ def test_prompt_writes_times_and_holds_any_text(tokenizer):
 def test_segment_tags(text, want):
     got = parse_segment(f"<seg>{text}</seg>", 39.97)
     assert (got.start_s, got.end_s, got.refused) == want
+    assert parse_segment("<seg>2, 3</seg>", 39.97, turns=8).refused == "too many turns"
 
 
 # ---------------------------------------------------------------------------------------- decoding
