@@ -47,7 +47,7 @@ class Settings:
     base_steps: int = 1450
     base_batch: int = 8
     base_lr: float = 1e-3
-    sft_steps: int = 150             # the paper: one epoch of 75.9k rows
+    sft_steps: int = 400             # the paper: one epoch of 75.9k rows
     sft_batch: int = 16
     sft_lr: float = 5e-4             # the paper: 5e-6, for 7 billion parameters
     projector_rate: float = 1.0      # the projector's learning rate, as a factor
@@ -379,8 +379,8 @@ def train_base(model, training, settings):
 
 def whole_clip(model, path, events, clips, rng, kinds):
     """Describe one sound, which may have to be searched, and all that follows it; or all kinds of
-    sound, in RANDOM order: in order of time, where a sound is could be had without its name. A
-    quarter of the descriptions come with the segments' audio."""
+    sound, in RANDOM order: in order of time, where a sound is could be had without its name. Half
+    of the descriptions come with the segments' audio."""
     if rng.random() < 0.7:
         row = pick(str(rng.choice(["find", "count_after"])), events, rng)
         *looks, target = row["listen_to"]
@@ -391,7 +391,7 @@ def whole_clip(model, path, events, clips, rng, kinds):
         ask = ", ".join("the " + kind for kind in heard)
         said = sum((look_for([e for e in events if e["kind"] == kind]) for kind in heard), [])
     prompt = model.prompt(clips(path), f"Describe {ask}.")
-    return add_grounded(model, prompt, " ".join(said), path, clips, listen=rng.random() < 0.25)
+    return add_grounded(model, prompt, " ".join(said), path, clips, listen=rng.random() < 0.5)
 
 
 def short_clips(model, path, events, clips, rng, kinds):
