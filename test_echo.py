@@ -300,6 +300,22 @@ def test_interleaved_rollout_hears_the_right_part_and_matches_training(model, wr
     assert written == TEXTS[0].replace("</seg>", "</seg>" + "[audio]" * 25)
 
 
+def test_rows_wait_for_each_other(model, write, monkeypatch):
+    """8 rows with 0 to 7 segments: each as alone; audio comes for all who wait at once."""
+    texts = ["".join(" the hum" * (20 if (i + k) % 8 == 7 else 1) + "<seg>0, 0.2</seg>" * (k < i)
+                     for k in range(i + 1)) for i in range(8)]
+    waves, questions = [noise(2.0, i // 2) for i in range(8)], asked(8)
+    write(model, texts)
+    long, passes = within(model, 200), []
+    hidden = long.hidden
+    monkeypatch.setattr(long, "hidden", lambda *a: passes.append(a[0].shape[1]) or hidden(*a))
+    rows = respond(long, waves, questions, temperature=0.7)
+    assert sum(width > 1 for width in passes) == 1 + 7  # the prompts; audio, once for all who ask
+    for i, row in enumerate(rows):
+        alone, = respond(long, [waves[i]], [questions[i]], [i], temperature=0.7)
+        assert row.text == texts[i] and len(row.heard_segments) == i and same(row, alone)
+
+
 def test_inserted_audio_changes_what_follows_and_controls_differ(model, write):
     wave, after = noise(3.0), set()
     closed = len(model.tokenize(TEXTS[0].partition("</seg>")[0] + "</seg>"))
@@ -644,8 +660,9 @@ def test_same_seed_same_bytes_and_no_shared_clips(data, tmp_path):
     train = {p.read_bytes() for p in (data / "audio/train").iterdir()}
     assert not train & {p.read_bytes() for p in (data / "audio/test").iterdir()}
     sft, rl, test = (read_rows(data / f"{name}.jsonl") for name in ("sft", "rl", "test"))
-    assert {"id", "audio_path", "question", "multi_choice", "answer"} < rl[0].keys()
-    assert sft[0].keys() - rl[0].keys() == {"cot"}
+    published = {"id", "audio_path", "question", "multi_choice", "answer"}
+    assert set(rl[0]) == published | {"category", "listen_to", "reason"}
+    assert set(sft[0]) == set(rl[0]) | {"cot"} and set(test[0]) == set(sft[0]) - {"reason"}
     assert {row["id"] for row in test}.isdisjoint(row["id"] for row in sft + rl)
 
 
