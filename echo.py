@@ -17,9 +17,9 @@ A response is plain text, tags and all, as in this chain, from which stage 1 lea
 
     <think>the hum <seg>1.0, 2.5</seg> the hum has two pulses.</think><answer>two</answer>
 
-Stage 1, SFT, teaches to write tags: the clip is in the prompt, no audio follows a tag; what sounds
-are like at the full rate, the base model knows from questions about short clips. Stage 2, RL,
-teaches to gain from what the tags bring. Each is a loop around these lines:
+Stage 1, SFT, teaches to write tags: the clip is in the prompt, no audio follows a tag. It starts
+from a base model that knows what short clips are like at the full rate (made in train_sft.py).
+Stage 2, RL, teaches to gain from what the tags bring. Each is a loop around these lines:
 
     prompt = policy.prompt(policy.hear([wave], first_listen=True)[0], question, choices)
     sft_loss(policy, [policy.add_response(prompt, chain), ...]).backward()
@@ -66,8 +66,8 @@ class Config:
                                   # finds something new; False: 25 a second, as in the paper
     min_segment_s: float = 0.2    # as in the paper
     max_segment_s: float = 30.0
-    end_slack_s: float = 0.5      # an end this far past the clip is taken as its end: so far past
-                                  # it the last time in the prompt may be
+    end_slack_s: float = 0.5      # an end this far past the clip is taken as its end: the prompt's
+                                  # last time, the end of a begun half second, may lie there
     max_turns: int = 8            # segments heard in one response, as in the paper
     max_new_tokens: int = 100     # sampled tokens of a response
 
@@ -157,9 +157,9 @@ def pad_left(rows, device):
 # ====================================================================================== 3 the model
 class Echo(nn.Module):
     """Audio encoder, projector and a Qwen2 decoder; enc(.) of the paper is encoder, then projector.
-    The encoder is frozen from the start: Whisper's weights, or those of a sound-event detector that
-    train_sft.py trains first, on full-rate and thumbnail input. Both stages train the projector and
-    the decoder, but not a pretrained decoder's embeddings and head, since no token is new."""
+    The encoder is frozen in both stages: Whisper's weights, or those of a sound-event detector that
+    train_sft.py trains before, on full-rate and thumbnail input. Trained are the projector and the
+    decoder, but not a pretrained decoder's embeddings and head, since no token is new."""
 
     def __init__(self, config, encoder, decoder, tokenizer):
         super().__init__()
@@ -181,7 +181,7 @@ class Echo(nn.Module):
     @torch.no_grad()
     def hear(self, waves, first_listen=False):
         """Waveforms (N_i,) on the CPU -> features (n_i, encoder dim), which embed() projects; one
-        by one, so that nothing is padded, and each distinct one once."""
+        by one, not padded to each other, and each distinct one once."""
         thumbnail = first_listen and self.config.thumbnail
         keys = [wave.numpy().tobytes() for wave in waves]
         distinct = dict(zip(keys, waves))  # for speed: a group shares its clip, often a segment
@@ -193,7 +193,7 @@ class Echo(nn.Module):
         """What a response continues: the first listen, its times as text, and the question.
             [audio]0.0[audio]0.5 ... [audio]5.5 6.0 How many pulses has the hum? Choose from ...
         features: (n, encoder dim) of the first listen; [] for a question without a clip. A token is
-        followed by its start time, at the full rate one a second is; last stands their end."""
+        followed by its start time, at the full rate every 25th; last stands the end of all."""
         sample = Sample()
         rate = THUMBNAIL_RATE if self.config.thumbnail else TOKENS_PER_SECOND
         every = 1 if self.config.thumbnail else rate
@@ -212,8 +212,8 @@ class Echo(nn.Module):
         return sample.add(self.tokenize(text) + [self.tokenizer.eos_token_id], trained=True)
 
     def embed(self, samples, since=None):
-        """Embeddings x (B, T, D) of each sample's ids and audio from index `since` on, padded on
-        the left, and the mask of these T columns."""
+        """Embeddings x (B, T, D) of each sample's ids and audio, from index `since` on if a cache
+        holds what is before, padded on the left; and the mask of these T columns."""
         since = since or [0] * len(samples)
         new = [s.ids[start:] for s, start in zip(samples, since)]
         audio = [a for s, start in zip(samples, since) for a in s.audio[start:] if a is not None]
@@ -225,13 +225,13 @@ class Echo(nn.Module):
 
     def hidden(self, x, mask, cache=None):
         """(B, T, D) embeddings -> last hidden states; `mask` (B, cached + T) marks the real tokens.
-        They have positions 0, 1, 2, ..., text and audio alike, also within a segment; padding has
-        none of its own: mask 0 1 1 0 1, positions 0 0 1 1 2. Attention is causal by column."""
+        They have positions 0, 1, 2, ..., text and audio alike, also within a segment; padding's do
+        not matter: mask 0 1 1 0 1, positions 0 0 1 1 2. Attention is causal by column."""
         position = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1]:]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return self.decoder.model(
                 inputs_embeds=x, attention_mask=mask, position_ids=position, cache=cache,
-                use_cache=cache is not None).last_hidden_state
+                use_cache=cache is not None).last_hidden_state  # named so by transformers 5.24
 
     def logits(self, hidden):
         """(..., D) -> (..., V), in fp32: bf16 logits of 16 to 32 are 0.125 apart, too far for a
@@ -292,7 +292,7 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
         prompt = model.prompt(features, q.question, q.choices)
         rows.append(Rollout(prompt, wave, np.random.default_rng(seed)))
         if len(prompt.ids) > room:
-            rows[-1].ended = "prompt too long"
+            rows[-1].ended = "prompt too long"  # as in its whole group: a flat one
     # for speed alone: autocast drops its bf16 copies of the weights when the outermost context
     # ends; this one, itself off, keeps them from token to token
     with torch.autocast(model.device.type, enabled=False):
@@ -308,8 +308,8 @@ def decode(model, rows, listen, temperature):
     cache = transformers.DynamicCache(config=model.decoder.config)
     mask = torch.zeros(len(rows), 0, dtype=torch.long, device=model.device)
     while not all(row.ended for row in rows):
-        x, new = model.embed([row.sample for row in rows], [row.cached for row in rows])
-        mask = torch.cat([mask, new], 1)
+        x, new_mask = model.embed([row.sample for row in rows], [row.cached for row in rows])
+        mask = torch.cat([mask, new_mask], 1)
         hidden = model.hidden(x, mask, cache)[:, -1]                             # (rows, D)
         for row in rows:
             row.cached = len(row.sample.ids)
@@ -376,9 +376,9 @@ def format_reward(text):
 
 
 def consistency_reward(text):
-    """-0.1 for every </seg> after which the sentence does not go on: a capital or a tag follows
+    """-0.1 for every </seg> after which the sentence does not go on: a capital or a tag comes next
     (the paper), or no word before the next tag or the end (here); at least -0.5."""
-    after = [part.split("<")[0].strip() for part in text.split("</seg>")[1:]]  # said before a tag
+    after = [part.split("<")[0].strip() for part in text.split("</seg>")[1:]]  # up to the next tag
     broken_off = sum(not re.search(r"\w", said) or said[0].isupper() for said in after)
     return max(-0.5, -0.1 * broken_off)
 
@@ -448,11 +448,11 @@ def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
     shares = np.array_split(np.arange(len(responses)), grpo.mini_batches)
     # Without an advantage, as in a flat group, a response would add its KL alone. Such a one is
     # left out, unlike in the paper: a step of the toy is 1.8 times as fast. (1e-3: for rounding.)
-    # updates: of each, its micro-batches of indices; old_logps: of each micro-batch, (tokens,)
+    # Of each update, its micro-batches of indices:
     updates = [batches([i for i in share if abs(advantages[i]) > 1e-3], grpo.micro_batch)
                for share in shares]
     # Old log-probs: all before the first update, and not from decoding, whose rounding differs,
-    # in bf16 by too much for a ratio (logp_gap).
+    # in bf16 by too much for a ratio (logp_gap). Of each micro-batch, (tokens,):
     with torch.no_grad():
         old_logps = [[logp_of(policy, batch) for batch in update] for update in updates]
     seen = {name: [] for name in ("loss", "kl", "clip_share", "entropy", "logp_gap")}

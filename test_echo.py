@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import struct
@@ -23,7 +22,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import (PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, WhisperConfig,
                           WhisperFeatureExtractor, WhisperModel)
 
@@ -98,12 +97,6 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def tokenizer(data):
-    rows = read_rows(data / "sft.jsonl")
-    return train_sft.tiny_tokenizer([f" {r['question']} Choose from {r['cot']}" for r in rows] * 2)
-
-
 def micro(tokenizer, listener=None, **config):
     torch.manual_seed(0)
     decoder = train_sft.tiny_decoder(len(tokenizer), dim=48, layers=2)
@@ -111,8 +104,9 @@ def micro(tokenizer, listener=None, **config):
 
 
 @pytest.fixture(scope="session")
-def model(tokenizer):
-    return micro(tokenizer)
+def model(data):
+    texts = [f" {r['question']} Choose from {r['cot']}" for r in read_rows(data / "sft.jsonl")]
+    return micro(train_sft.tiny_tokenizer(texts * 2))
 
 
 def within(model, n):
@@ -148,14 +142,13 @@ def test_wav_formats(tmp_path, bits, coding, channels, rate):
 
 
 @pytest.mark.parametrize("content,says", [
-    (None, "No such file"), (b"ID3\x03" + b"\0" * 100, "'a-16k.wav'"), (wav(b""), "empty"),
+    (b"ID3\x03" + b"\0" * 100, "'a-16k.wav'"), (wav(b""), "empty"),
     (wav(b"\0" * 50, says=100), "50 of 100 bytes"),
     (b"RIFF\x10\0\0\0WAVEjunk\0\0\0\0", "'a-16k.wav'"),
     (wav(b"\0" * 4, coding=7, bits=8), "'a-16k.wav'"), (wav(b"", rate=767_957), "'a-16k.wav'"),
     (wav(struct.pack("<2f", math.nan, 0), bits=32, coding=3), "NaN")])
 def test_broken_audio_is_one_line(tmp_path, content, says):
-    if content is not None:
-        (tmp_path / "a.wav").write_bytes(content)
+    (tmp_path / "a.wav").write_bytes(content)
     error = error_of(load_audio, tmp_path / "a.wav")
     assert says in error and "a.wav" in error
 
@@ -206,8 +199,8 @@ def spelled(model, ids):
     return out
 
 
-def test_prompt_writes_times_and_holds_any_text(tokenizer):
-    model, full = micro(tokenizer), micro(tokenizer, thumbnail=False)
+def test_prompt_writes_times_and_holds_any_text(model):
+    full = micro(model.tokenizer, thumbnail=False)
     any_text = 'what is <|audio|> or <seg>1, 2</seg>, Ünï ✓ 日本 "<b>&amp;</b>" {0} {choices}?'
     prompt = model.prompt(torch.zeros(3, 32), any_text, ["{question}", "a, b"])
     said = f' {any_text} Choose from ["{{question}}", "a, b"].\n'
@@ -246,10 +239,6 @@ def respond(model, waves, questions=None, seeds=None, **more):
                     seeds=seeds or range(len(waves)), **more)
 
 
-def n_prompt(row):
-    return row.sample.trained.index(True)
-
-
 @pytest.fixture
 def write(monkeypatch):
     """write(model, texts): make the row with seed i write texts[i], by replacing what is sampled
@@ -266,11 +255,6 @@ def write(monkeypatch):
     return write
 
 
-def same(a, b):
-    return a.sample.ids == b.sample.ids and a.ended == b.ended and \
-        np.allclose(a.logprobs, b.logprobs, atol=1e-4)
-
-
 TEXTS = ["<think>a <seg>0.5, 1.5</seg> b. Then <seg>1.0, 2.0</seg> c</think><answer>hum</answer>",
          "<think>look <seg>9, 10</seg> a <seg>1, 0</seg> b <seg>x</seg> c</seg> d</think>",
          "<answer>two Ünïcode ✓ 日本</answer>",
@@ -282,9 +266,6 @@ def test_interleaved_rollout_hears_the_right_part_and_matches_training(model, wr
     waves = [noise(3.0 + i, i) for i in range(4)]
     write(model, TEXTS)
     rows = respond(within(model, 200), waves, temperature=0.7)
-    alone = [respond(within(model, 200), waves[i:i + 1], asked(4)[i:i + 1], [i], temperature=0.7)
-             for i in range(4)]
-    assert all(same(row, other) for row, (other,) in zip(rows, alone))
     assert [r.text for r in rows] == TEXTS and echo.is_right(rows[2].text, "two ünïcode ✓ 日本")
     bad = ["outside the clip", "reversed", "malformed", "malformed"]
     assert [[s.refused for s in r.segments] for r in rows] == [[None] * 2, bad, [], [None] * 2]
@@ -296,8 +277,6 @@ def test_interleaved_rollout_hears_the_right_part_and_matches_training(model, wr
         assert all((a - b).abs().max() < 1e-4 for a, b in zip(again, want))
         assert r.ended == "eos" and sum(r.sample.trained) == len(r.logprobs)
         assert (model([r.sample], 0.7) - torch.tensor(r.logprobs)).abs().max() < 1e-4
-    written = spelled(model, rows[0].sample.ids[n_prompt(rows[0]):-1])
-    assert written == TEXTS[0].replace("</seg>", "</seg>" + "[audio]" * 25)
 
 
 def test_rows_wait_for_each_other(model, write, monkeypatch):
@@ -313,7 +292,9 @@ def test_rows_wait_for_each_other(model, write, monkeypatch):
     assert sum(width > 1 for width in passes) == 1 + 7  # the prompts; audio, once for all who ask
     for i, row in enumerate(rows):
         alone, = respond(long, [waves[i]], [questions[i]], [i], temperature=0.7)
-        assert row.text == texts[i] and len(row.heard_segments) == i and same(row, alone)
+        assert row.text == texts[i] and len(row.heard_segments) == i
+        assert row.sample.ids == alone.sample.ids  # eos, too
+        assert row.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
 
 
 def test_inserted_audio_changes_what_follows_and_controls_differ(model, write):
@@ -322,7 +303,7 @@ def test_inserted_audio_changes_what_follows_and_controls_differ(model, write):
     write(model, TEXTS)
     for name, listen in generate.LISTEN.items():
         row, = respond(model, [wave], listen=listen)
-        inserted = row.sample.ids[n_prompt(row) + closed:][:25] == [AUDIO] * 25
+        inserted = row.sample.ids[row.sample.trained.index(True) + closed:][:25] == [AUDIO] * 25
         assert inserted == bool(row.heard_segments) == (name != "nothing")
         after.add(tuple(row.logprobs[closed:closed + 3]))
     assert len(after) == 4
@@ -334,23 +315,19 @@ def test_inserted_audio_changes_what_follows_and_controls_differ(model, write):
     assert row.sample.ids[-1] != AUDIO
 
 
-def test_sampled_rollouts_do_not_depend_on_their_batch(model):
-    waves, questions, short = [noise(2.0 + i, i) for i in range(4)], asked(4), within(model, 30)
-    questions[3] = questions[2]
-    waves[3] = waves[2]
-    together = respond(short, waves, questions)
-    for i, row in enumerate(together):
-        assert same(row, respond(short, [waves[i]], [questions[i]], [i])[0])
-    assert together[2].sample.ids != together[3].sample.ids  # another seed
-    fresh = [rollouts(short, questions[:1], waves[:1])[0].sample.ids for _ in range(2)]
+def test_sampling_is_the_softmax_and_a_row_draws_for_itself(model):
+    fresh = [rollouts(within(model, 30), asked(1), [noise(2.0)])[0].sample.ids for _ in range(2)]
     assert fresh[0] != fresh[1]  # no seed
     logits, n = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.9]), 4000  # draws against the softmax itself
     p = logits.softmax(-1)
-    rows = [Rollout(Sample(), None, np.random.default_rng(i)) for i in range(n)]
+    rows, again = ([Rollout(Sample(), None, np.random.default_rng(i)) for i in range(n)]
+                   for _ in range(2))
     tokens, logp = echo.sample_tokens(logits.repeat(n, 1), rows, 1.0)
     shares = torch.bincount(torch.tensor(tokens), minlength=5) / n
     assert ((shares - p).abs() < 5 * (p / n).sqrt() + 1e-3).all()
     assert logp == pytest.approx(p.log()[tokens].tolist(), abs=1e-5)
+    alone = [echo.sample_tokens(logits[None], [row], 1.0)[0][0] for row in again[:9]]
+    assert alone == tokens[:9]
     assert "not numbers" in error_of(echo.sample_tokens, logits[None] * math.nan, rows[:1], 1.0)
 
 
@@ -362,7 +339,7 @@ def test_greedy_equals_transformers_generate(model):
     theirs = model.decoder.generate(
         inputs_embeds=x, attention_mask=mask, do_sample=False, max_new_tokens=20,
         eos_token_id=model.tokenizer.eos_token_id, pad_token_id=0)[0].tolist()
-    assert ours.sample.ids[n_prompt(ours):] == theirs
+    assert ours.sample.sampled == theirs
 
 
 # -------------------------------------------------------------------------------- rewards and GRPO
@@ -376,7 +353,6 @@ GOOD = "<think>a <seg>1, 2</seg> the hum.</think><answer>hum</answer>"
     (GOOD.replace("</seg> the", "</seg>The"), 1, (0.5, -0.1, 0.5, 0.5)),
     (GOOD.replace("</seg> the hum.", "</seg>."), 1, (0.5, -0.1, 0.5, 0.5)),  # no word said
     (GOOD.replace("</seg> the", "</seg>, the"), 1, (0.5, 0, 0.5, 0.5)),
-    (GOOD.replace("</seg> t", "</seg> <seg>2, 3</seg> T"), 2, (0.5, -0.2, 0.5, 0.5)),
     (GOOD.replace(" the hum.", "<seg>1, 2</seg>" * 6), 7, (0.5, -0.5, 0.5, 0.5)),
     ("a <seg>1, 2</seg>", 1, (0, -0.1, 0, 0)), ("<think>a</think> hum", 0, (0, 0, 0, 0)),
     ("<think>a</think><answer>Hum.</answer>", 0, (0.5, 0, 0.5, 0)),
@@ -436,40 +412,29 @@ def test_grpo_update_against_a_plain_double_loop(model, write, monkeypatch, micr
 
 
 def test_grpo_step_pairs_each_response_with_its_question_and_group(model, write, monkeypatch):
-    """Three responses to each of three questions, none right for the last; what earned more in its
-    group becomes likelier."""
+    """Three responses to each of three questions, none right for the last."""
     texts = ["<answer>hum</answer>", "<answer>bell</answer>", "<answer>two</answer>"]
     write(model, texts)
-    policy = copy.deepcopy(model)
     questions = [Asked(answer * 3, ["hum", "bell"], answer) for answer in ("hum", "bell", "gong")]
     seeds = [(7, k, g) for k in range(3) for g in range(3)]
     waves, advantages = [noise(1.0), noise(2.0), noise(3.0)], []
-    update = echo.grpo_update
-    monkeypatch.setattr(echo, "grpo_update", lambda *a: advantages.append(a[4]) or update(*a))
-    before, after = [], []
-    for out in (before, after):
-        responses, parts, _ = echo.grpo_step(policy, model, sgd(policy, 0.1), questions, waves,
-                                             seeds, GRPO(group=3, mini_batches=1))
-        out += [sum(r.logprobs) for r in responses]
+    monkeypatch.setattr(echo, "grpo_update", lambda *a: advantages.append(a[4]))
+    responses, parts, _ = echo.grpo_step(model, None, None, questions, waves, seeds, GRPO(group=3))
     assert [r.text for r in responses] == texts * 3
     assert [len(r.wave) for r in responses] == [16_000] * 3 + [32_000] * 3 + [48_000] * 3
     assert [p["accuracy"] for p in parts] == [0.5, 0, 0, 0, 0.5, 0, 0, 0, 0]
     want = [1.414, -0.707, -0.707, -0.707, 1.414, -0.707, 0, 0, 0]
     assert advantages[0].tolist() == pytest.approx(want, abs=1e-2)
-    assert np.dot(want, np.array(after) - before) > 0.1  # along the gradient
 
 
 def test_flat_groups_teach_nothing_and_bad_gradients_end(model, write):
+    """Nor does a question that does not fit, and it ends no run."""
     write(model, ["<answer>hum</answer>"] * 4)
-    policy = copy.deepcopy(model)
-    _, _, metrics = echo.grpo_step(policy, model, sgd(policy, 1.0), asked(1), [noise(1.0)],
-                                   range(4), GRPO(group=4))
+    policy, long = copy.deepcopy(model), Asked("what " * 20_000, ["a"], "a")
+    responses, _, metrics = echo.grpo_step(policy, model, sgd(policy, 1.0), [*asked(1), long],
+                                           [noise(1.0)] * 2, range(4), GRPO(group=2))
     assert metrics["loss"] == 0 and all(map(torch.equal, policy.parameters(), model.parameters()))
-    long = [Asked("what " * 20_000, ["a"], "a")]  # a question that does not fit ends no run
-    responses, *_ = echo.grpo_step(policy, model, sgd(policy), asked(1) + long, [noise(1.0)] * 2,
-                                   range(4), GRPO(group=2))
     assert [r.ended for r in responses] == ["eos"] * 2 + ["prompt too long"] * 2
-    assert responses[2].text == "" and not responses[2].logprobs
     policy.projector.weight.grad = torch.full_like(policy.projector.weight, math.nan)
     assert "lower learning rate" in error_of(echo.optimizer_step, sgd(policy))
 
@@ -485,31 +450,25 @@ def test_metrics_by_hand(model):
             "hits": 1 / 3, "iou": (0.9 + 0.4) / 3,  # of three heard
             "rejected": 0.2, "truncated": 0.5, "length": 15, "audio_tokens": 1}
     assert generate.measure(questions, rows, {"a", "b"}) == pytest.approx(want)
-    assert generate.measure([], [], {"a", "b"}) == {}
 
 
 # ------------------------------------------------------------------ pretrained parts, on stand-ins
 @pytest.fixture(scope="session")
 def qwen(tmp_path_factory):
-    """Random-weight Qwen2s of Qwen2.5-0.5B's ratios, by tied heads or not. As there, "</seg>" is
-    several pieces, and ">," or "></" may hold its end; a config that asks for dropout."""
-    bpe, folders = ByteLevelBPETokenizer(), {}
+    """A random-weight Qwen2 of Qwen2.5-0.5B's ratios, but with a head of its own, as the larger
+    ones have. As there, "</seg>" is several pieces, and ">," or "></" may hold its end; a config
+    that asks for dropout."""
+    bpe, folder = ByteLevelBPETokenizer(), tmp_path_factory.mktemp("qwen")
     texts = ["<seg>1, 2</seg>, the hum</seg></think><answer>two", "How many pulses? Choose"] * 3
     bpe.train_from_iterator(texts, special_tokens=["<|endoftext|>", "<|im_end|>"])
-    for tied in (True, False):
-        folders[tied] = tmp_path_factory.mktemp("qwen")
-        torch.manual_seed(1)
-        decoder = Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=bpe.get_vocab_size() + 3, hidden_size=56, intermediate_size=304,
-            num_hidden_layers=3, num_attention_heads=14, num_key_value_heads=2,
-            attention_dropout=0.3, initializer_range=0.1, tie_word_embeddings=tied,
-            bos_token_id=0, eos_token_id=1))
-        decoder.save_pretrained(folders[tied])
-        bpe.save(str(folders[tied] / "tokenizer.json"))
-        PreTrainedTokenizerFast.from_pretrained(
-            folders[tied], eos_token="<|im_end|>",
-            pad_token="<|endoftext|>").save_pretrained(folders[tied])
-    return folders
+    torch.manual_seed(1)
+    Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=bpe.get_vocab_size() + 3, hidden_size=56, intermediate_size=304,
+        num_hidden_layers=3, num_attention_heads=14, num_key_value_heads=2, attention_dropout=0.3,
+        initializer_range=0.1, bos_token_id=0, eos_token_id=1)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(bpe.to_str()),
+                            eos_token="<|im_end|>").save_pretrained(folder)
+    return folder
 
 
 def pretrained(folder, listener=None, **config):
@@ -520,7 +479,7 @@ def pretrained(folder, listener=None, **config):
 
 def test_a_pretrained_decoder_writes_tags_as_ordinary_text(qwen, write):
     """Audio comes after the token that closes a tag, even if that token holds more."""
-    model = pretrained(qwen[True])
+    model = pretrained(qwen)
     texts = ["<think>a <seg>0, 0.2</seg>, it <seg>0, .4</seg></think><answer>two</answer>",
              "a <seg>9, 10</seg>, <seg>0, 0.2</seg> b"]
     want = ["<think>a <seg>0, 0.2</seg>,{0} it <seg>0, .4</seg></{0}{0}think><answer>two</answer>",
@@ -529,18 +488,16 @@ def test_a_pretrained_decoder_writes_tags_as_ordinary_text(qwen, write):
     assert "</seg>" not in pieces and ">," in pieces and "></" in pieces
     write(model, texts)
     for k, r in enumerate(respond(within(model, 200), [noise(1.0)] * 2)):
-        new, on = r.sample.ids[n_prompt(r):], r.sample.trained[n_prompt(r):]
-        assert [i for i, sampled in zip(new, on) if sampled] == [*model.tokenize(texts[k]), 1]
+        assert r.sample.sampled == [*model.tokenize(texts[k]), 1]
+        new = r.sample.ids[r.sample.trained.index(True):]
         assert spelled(model, new[:-1]) == want[k].format("[audio]" * 5) and r.text == texts[k]
-        assert [s.heard for s in r.segments] == [k == 0, True]
-        assert torch.allclose(model([r.sample]), torch.tensor(r.logprobs), atol=1e-4)
 
 
-@pytest.mark.parametrize("decoder", ["tiny", True, False])
+@pytest.mark.parametrize("decoder", ["tiny", "qwen"])
 @pytest.mark.parametrize("bf16", [True, False])
 def test_an_update_begins_at_the_reference(model, qwen, write, decoder, bf16):
     """Before it the KL is exactly 0 and the ratio 1, also in bf16; trained weights stay fp32."""
-    policy = copy.deepcopy(model) if decoder == "tiny" else pretrained(qwen[decoder])
+    policy = copy.deepcopy(model) if decoder == "tiny" else pretrained(qwen)
     policy.bf16 = bf16
     reference = copy.deepcopy(policy).requires_grad_(False)
     write(policy, ["a <seg>0, 1</seg> two pulses" + " <hum>" * i for i in range(4)])
@@ -569,21 +526,22 @@ def whisper(tmp_path_factory):
     return folder
 
 
-def test_whisper_encoder(tokenizer, whisper):
-    """Windows of 30 s, padding cut away, 25 tokens a second; a thumbnail knows no detail."""
-    model = micro(tokenizer, echo.read_whisper(str(whisper)), encoder=str(whisper))
-    waves = [noise(s, i) for i, s in enumerate((0.2, 2.2, 31.0))]
-    full, first = model.hear(waves), model.hear(waves, True)
-    assert [len(t) for t in full] == [5, 55, 775] and [len(t) for t in first] == [1, 5, 62]
+def test_encoders(model, whisper):
+    """A token for each begun piece of time. Whisper's: windows of 30 s, padding cut away; a
+    thumbnail knows no detail."""
+    other = micro(model.tokenizer, echo.read_whisper(str(whisper)), encoder=str(whisper))
+    waves = [noise(s, i) for i, s in enumerate((0.2, 2.23, 31.0))]
+    for m in (model, other):
+        full, first = m.hear(waves), m.hear(waves, True)
+        assert [len(t) for t in full] == [5, 56, 775] and [len(t) for t in first] == [1, 5, 62]
     for wave, tokens in zip(waves, full):
         extractor, last = WhisperFeatureExtractor(), wave[len(wave) // 480_000 * 480_000:]
         window = extractor(last.numpy(), sampling_rate=16_000, return_tensors="pt")
         with torch.no_grad():
-            want = model.encoder.whisper(window.input_features).last_hidden_state[0]
+            want = other.encoder.whisper(window.input_features).last_hidden_state[0]
         want = want.view(750, 2, -1).mean(1)[:(len(tokens) - 1) % 750 + 1]
         assert (tokens[-len(want):] - want).abs().max() < 1e-4
-        assert tokens.untyped_storage().nbytes() == tokens.nbytes  # keeps no more than it shows
-    test_a_thumbnail_lacks_the_detail(model)
+    test_a_thumbnail_lacks_the_detail(other)
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -623,7 +581,7 @@ def test_questions_by_hand():
 @pytest.mark.parametrize("clip_s", [6.0, 7.5, 24.0])
 def test_the_world_has_no_grid_and_is_searched(clip_s):
     """What the README says of clips: lengths, gaps, and how many looks a search needs."""
-    starts, looks, shared = set(), [], 0
+    starts, looks = set(), []
     for i in range(40):
         rng = np.random.default_rng([4, i])
         wave, events = make_data.synthesise(rng, None, clip_s)
@@ -631,12 +589,10 @@ def test_the_world_has_no_grid_and_is_searched(clip_s):
         for e, later in zip(events, [*events[1:], {"start_s": clip_s + 0.1, "end_s": clip_s}]):
             assert 0.8 <= round(e["end_s"] - e["start_s"], 2) <= 1.5
             assert round(later["start_s"] - e["end_s"], 2) >= 0.09
-            assert make_data.segment_of(e)[0] <= e["start_s"] + 0.05
-            shared += make_data.segment_of(later)[0] < make_data.segment_of(e)[1] <= clip_s
             starts.add(e["start_s"])
         cot = make_data.write_row("find", events, rng)["cot"]
         looks.append(cot.count("I look for"))
-    assert len(starts) > 100 and 10 < shared and {looks.count(n) > 2 for n in (1, 2, 3)} == {True}
+    assert len(starts) > 100 and {looks.count(n) > 2 for n in (1, 2, 3)} == {True}
 
 
 def test_what_the_detector_learns(model):
@@ -697,8 +653,7 @@ ROW = {"question": "q", "answer": "a", "audio_path": "x.wav", "multi_choice": ["
     (json.dumps(ROW) + '\n{"question": \n', "line 2 column"), ('{\n"a": 1}', "a list of"),
     (json.dumps(ROW | {"question": "\ud83d"}), "not UTF-8"),
     (ROW, "row 1: no such file"), ("[1]", "row 1"), ('[{"question": "q"', "not JSON"),
-    ("", "no rows"), ("[]", "no rows"),
-    (b"\xff\xfe{\0}\0", "not UTF-8"), (b'{"question": "\xe9"}', "not UTF-8")])
+    ("", "no rows"), (b'{"question": "\xe9"}', "not UTF-8")])
 def test_broken_rows_are_one_line(tmp_path, content, says):
     content = json.dumps(content) if isinstance(content, dict) else content
     (tmp_path / "r.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -709,9 +664,6 @@ def test_broken_rows_are_one_line(tmp_path, content, says):
 def test_features_belong_to_their_segment(model, tmp_path):
     (tmp_path / "a.wav").write_bytes(wav_bytes(noise(1.0)))
     features, wave = train_sft.features_of(model), load_audio(tmp_path / "a.wav")
-    for n, seconds in enumerate((0.2, 1.03, 2.5)):  # a token for each begun piece of time
-        full, first = model.hear([noise(seconds)])[0], model.hear([noise(seconds)], True)[0]
-        assert (len(full), len(first)) == ((5, 1), (26, 3), (63, 5))[n]
     for _ in range(2):
         assert torch.equal(features(tmp_path / "a.wav"), model.hear([wave], True)[0])
         segment = features(tmp_path / "a.wav", (0.2, 0.6))
@@ -737,20 +689,9 @@ def rl(runs, out, flags="", *more):
             "--test", data / "test.jsonl", *RL.split(), *flags.split(), *more]
 
 
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def untimed(folder):
-    return [{k: v for k, v in e.items() if k != "seconds"} for e in log_of(folder)]
-
-
-def weights(folder):
-    return load(folder).state_dict()
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    rows = read_rows(folder / "log.jsonl")
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 @pytest.fixture(scope="session")
@@ -763,7 +704,7 @@ def trained(data):
 
 
 def test_logs_of_the_training_scripts(trained):
-    logs = {run: log_of(trained / run) for run in ("encoder", "base", "sft", "rl")}
+    logs = {run: read_rows(trained / run / "log.jsonl") for run in ("encoder", "base", "sft", "rl")}
     steps = [e for e in logs["rl"] if "reward" in e]
     assert [e["step"] for e in steps] == [1, 2, 3]
     assert max(e["segments"] for e in steps) > 0 and max(e["kl"] for e in steps) > 0
@@ -775,28 +716,11 @@ def test_logs_of_the_training_scripts(trained):
         assert f"`{name}`" in readme, name  # every metric is defined there
     assert all(math.isfinite(x) for log in logs.values() for e in log for x in e.values())
     assert (trained / "rl/report.html").is_file() and not (trained / "rl/training.pt").exists()
-    encoder, *stages = (weights(trained / stage) for stage in logs)
+    encoder, *stages = (load(trained / stage).state_dict() for stage in logs)
     for before, after in zip([encoder, *stages], stages):  # the encoder is frozen after its stage
         frozen = {k for k in before if torch.equal(before[k], after[k])}
         assert {k for k in before if k.startswith("encoder.")} <= frozen
         assert "projector.bias" not in frozen and "decoder.model.norm.weight" not in frozen
-
-
-def test_generate_on_a_foreign_clip(data, trained, tmp_path, monkeypatch):
-    """Another rate, stereo, a letter that the console lacks; and without a clip."""
-    t = np.arange(3 * 44_100)[:, None] / 44_100
-    raw = (8000 * np.sin(2 * np.pi * t * [300, 500])).astype("<i2").tobytes()
-    (tmp_path / "my clip.wav").write_bytes(wav(raw, 44_100, 2))
-    job = ["generate", "--clip", tmp_path / "my clip.wav", "--question", "Which ✓?", "--choices",
-           "bell", "a hiss", "--model", trained / "rl"]
-    said = good(*job)
-    assert "answer:" in said and "Which ✓? bell, a hiss" in said and "(3.0 s)" in said
-    assert run(*job, encoding="latin-1")[0] == 0
-    monkeypatch.setenv("WORLD_SIZE", "2")  # a cluster's: only trainings start processes
-    monkeypatch.chdir(data.parent)  # without a clip: a held-out one of the toy
-    assert "truth:" in good("generate")
-    monkeypatch.setenv("WORLD_SIZE", "")
-    assert echo.pick_device(train=True).type == "cpu"
 
 
 def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
@@ -835,14 +759,12 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
     ("generate --choices a b", "--clip and --question: needed"),
     ("train_rl --model nowhere", "nowhere: no Echo checkpoint there"),
     ("train_rl --steps many", "argument --steps: invalid int value: 'many'"),
-    ("train_rl --listen twice", "argument --listen: invalid choice: 'twice'"),
     ("train_rl --temperature 0", "must be above 0"), ("train_rl --lr -1", "--lr -1.0: must be at"),
     ("train_rl --questions 3 --mini-batches 2", "must be a multiple of"),
     ("train_rl --step 3", "unknown: --step 3"),
     ("train_sft --clips bare.jsonl --out new", "row 1: needs 'A4_events'"),
     ("train_sft --clips few.jsonl --out new", "few.jsonl: 2 kinds of sound"),
-    ("train_sft --decoder no/qwen --out new", "no/qwen"),
-    ("make_data --seed x", "argument --seed: invalid int value: 'x'")])
+    ("train_sft --decoder no/qwen --out new", "no/qwen")])
 def test_a_users_mistake_is_one_line(trained, tmp_path, monkeypatch, command, says):
     """The flags that the mistake is not about are good ones."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -852,38 +774,32 @@ def test_a_users_mistake_is_one_line(trained, tmp_path, monkeypatch, command, sa
     for file, events in (("bare", [event]), ("few", two)):
         Path(f"{file}.jsonl").write_text(json.dumps({"audio_path": "a.wav", "A4_events": events}))
     name, *flags = command.split()
-    usual = {"make_data": ["make_data"], "generate": ["generate", "--model", trained / "rl"],
-             "train_sft": sft(trained, "runs"), "train_rl": rl(trained, "rl")}[name]
+    usual = {"generate": ["generate", "--model", trained / "rl"], "train_rl": rl(trained, "rl"),
+             "train_sft": sft(trained, "runs")}[name]
     assert says in mistake(*usual, *flags)
 
 
 def test_checkpoints(model, qwen, whisper, tmp_path):
     """What is saved comes back; what can't be a model is one line."""
-    torch.manual_seed(0)
     for name, saved in (("tiny", micro(model.tokenizer, echo.SmallEncoder())),
-                        ("qwen", pretrained(qwen[False], echo.read_whisper(str(whisper)),
+                        ("qwen", pretrained(qwen, echo.read_whisper(str(whisper)),
                                             encoder=str(whisper)))):
         save(saved, tmp_path / name)
         again = load(tmp_path / name)
         assert again.config == saved.config
         assert torch.equal(*(m([dialogue(m)]) for m in (again, saved)))
-        text = "<think>I look for the hum <seg>1.0, 2.0</seg>, the ✓"
-        assert again.tokenize(text) == saved.tokenize(text)
-    save(saved, tmp_path / "qwen")  # over itself
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["qwen", "tiny"]
-    assert "no Echo checkpoint" in error_of(load, tmp_path)
-    shutil.copytree(qwen[True], tmp_path / "small")
+    shutil.copytree(qwen, tmp_path / "small")
     for file in (tmp_path / "small").glob("token*"):
         file.unlink()
     assert "small: " in error_of(echo.read_decoder, tmp_path / "small")
 
 
 def test_pretrained_stages_end_to_end(data, trained, qwen, whisper, tmp_path):
-    """Both stages and use on the stand-ins, in bf16; what is frozen stays."""
+    """Both stages on the stand-ins, in bf16; what is frozen stays."""
     bf16 = " --bf16 --micro-batch 3"
     flags = "--no-thumbnail --sft-steps 2" + bf16
-    good(*sft(trained, tmp_path, flags, "--decoder", qwen[True], "--encoder", whisper))
-    before, after = (weights(tmp_path / stage) for stage in ("encoder", "sft"))
+    good(*sft(trained, tmp_path, flags, "--decoder", qwen, "--encoder", whisper))
+    before, after = (load(tmp_path / stage).state_dict() for stage in ("encoder", "sft"))
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert all(re.search(r"layers\.[012]\.|model\.norm|projector", k) for k in changed) and changed
     sft_model = load(tmp_path / "sft")
@@ -891,23 +807,9 @@ def test_pretrained_stages_end_to_end(data, trained, qwen, whisper, tmp_path):
     (tmp_path / "rl.jsonl").write_text(json.dumps(read_rows(data / "rl.jsonl")))  # a list
     good(*rl(trained, tmp_path / "rl", bf16 + " --test none", "--model", tmp_path / "sft",
              "--data", tmp_path / "rl.jsonl", "--audio-root", data))
-    assert "answer:" in good("generate --choices a b --model", tmp_path / "rl", "--question", "Eh?",
-                             "--clip", data / "audio/test/00000.wav")
 
 
 # --------------------------------------------------------------------- kills and several processes
-def killed(job, file, number):
-    """Send a signal to a job as soon as it has made a new save."""
-    (name, *args), before = job, file.stat().st_mtime_ns if file.exists() else 0
-    script = process(f"{name}.py", *args)
-    while not file.exists() or file.stat().st_mtime_ns == before:
-        assert script.poll() is None, script.communicate()[1]
-        time.sleep(0.01)
-    script.send_signal(number)
-    _, err = script.communicate()
-    assert script.returncode == (130 if number == signal.SIGINT else -number), err
-
-
 @pytest.mark.parametrize("name", ["sft", "rl"])
 def test_killed_and_run_again_ends_with_the_same_weights(trained, tmp_path, name):
     """SIGTERM, Ctrl-C and SIGKILL in the middle: the same command goes on and ends where the
@@ -916,42 +818,34 @@ def test_killed_and_run_again_ends_with_the_same_weights(trained, tmp_path, name
         shutil.copytree(trained / stage, tmp_path / stage)
     jobs = {"sft": sft(trained, tmp_path, "--sft-batch 2 --save-every 1"),
             "rl": rl(trained, tmp_path / "rl", "--steps 15 --save-every 1")}
-    folder = tmp_path / name
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
-        killed(jobs[name], folder / "training.pt", number)
+    folder, file = tmp_path / name, tmp_path / name / "training.pt"
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):  # as soon as there is a new save
+        before = file.stat().st_mtime_ns if file.exists() else 0
+        script = process(f"train_{name}.py", *jobs[name][1:])
+        while not file.exists() or file.stat().st_mtime_ns == before:
+            assert script.poll() is None, script.communicate()[1]
+            time.sleep(0.01)
+        script.send_signal(number)
+        _, err = script.communicate()
+        assert script.returncode == (130 if number == signal.SIGINT else -number), err
     assert "begun with other values of micro_batch" in mistake(*jobs[name], "--micro-batch", 3)
     (folder / "model.tmp").mkdir()  # as a kill in the middle of a save and of a line
     with open(folder / "log.jsonl", "a") as log:
         log.write('{"step": 9')
     good(*jobs[name])
-    went_on, log = weights(folder), untimed(folder)
+    went_on, log = load(folder).state_dict(), untimed(folder)
     shutil.rmtree(folder)
     good(*jobs[name])
-    assert equal(weights(folder), went_on) and untimed(folder) == log
+    torch.testing.assert_close(load(folder).state_dict(), went_on, rtol=0, atol=0)
+    assert untimed(folder) == log
     assert f"{folder}: already trained" in good(*jobs[name])
 
 
-def test_a_full_disk_is_one_line(trained, tmp_path):
-    """No file may grow beyond a limit; afterwards the same command goes on."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    job = rl(trained, tmp_path / "rl", "--save-every 1")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
-        assert "training.pt" in mistake(*job)
-        assert "model: can't be written" in error_of(save, load(trained / "rl"), tmp_path / "model")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    good(*job)
-    assert equal(weights(tmp_path / "rl"), weights(trained / "rl"))
-
-
-PLAIN = """import sys
-sys.path.insert(0, sys.argv[1])
-import echo, torch, train_rl, train_sft
+PLAIN = """import echo, sys, torch, train_rl, train_sft
 torch.optim.AdamW = lambda groups, **_: torch.optim.SGD(groups, 0.1)
 torch.nn.utils.clip_grad_norm_ = lambda parameters, _: torch.ones(())
-sys.argv = sys.argv[2:]
-echo.main({"train_sft": train_sft, "train_rl": train_rl}[sys.argv[0]].run)
+del sys.argv[0]
+echo.main(sys.modules[sys.argv[0]].run)
 """
 
 
@@ -959,7 +853,6 @@ def test_two_processes_equal_one(trained, tmp_path):
     """The same global batch on one and on two gloo processes: the same log and the same weights.
     The optimiser is plain SGD: Adam's first steps are signs, which would make much of a rounding,
     and clipping would hide a wrong scale."""
-    (tmp_path / "plain.py").write_text(PLAIN)
     for n in (1, 2):
         out = tmp_path / str(n)
         for stage in ("encoder", "base"):
@@ -967,11 +860,11 @@ def test_two_processes_equal_one(trained, tmp_path):
         for job in (sft(trained, out, "--sft-steps 1 --sft-lr 0.1"),
                     rl(trained, out / "rl", "--steps 1 --questions 4 --lr 0.01")):
             script = process("-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone",
-                             tmp_path / "plain.py", HERE, *job)
+                             "--no-python", sys.executable, "-c", PLAIN, *job)
             _, err = script.communicate()
             assert script.returncode == 0, err[-2000:]
     for name, start in (("sft", "base"), ("rl", "sft")):
-        before, one, two = (weights(folder) for folder in (
+        before, one, two = (load(folder).state_dict() for folder in (
             trained / start, tmp_path / "1" / name, tmp_path / "2" / name))
         apart, learned = (sum(((w[k] - one[k]) ** 2).sum() for k in one) for w in (two, before))
         assert apart < 1e-3 * learned and learned > 1e-6
@@ -983,14 +876,21 @@ def test_two_processes_equal_one(trained, tmp_path):
 HOSTILE = "<script>document.title='pwned'</script><img src=x onerror='document.title=1'>&amp;"
 
 
-def test_pages_are_self_contained_and_escape_text(trained, tmp_path, write):
-    """A response full of hostile text, in which one segment is heard and one is not."""
+def test_generate_prints_and_draws(data, trained, tmp_path, monkeypatch, write):
+    """A held-out clip of the toy; then a response full of hostile text, in which one segment is
+    heard and one is not, on a console that lacks a letter."""
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a cluster's: only trainings start processes
+    monkeypatch.chdir(data.parent)
+    assert "truth:" in good("generate")
     said = f"{HOSTILE} <seg>0.5, 1.5</seg> it <seg>9, 10</seg> </seg> {HOSTILE}"
     write(load(trained / "rl"), [f"<think>{said}</think><answer>hum</answer>"])
-    (tmp_path / "clip.wav").write_bytes(wav_bytes(noise(3.0)))
+    (tmp_path / "my clip.wav").write_bytes(wav_bytes(noise(3.0)))
     save(within(load(trained / "rl"), 300), tmp_path / "model")
-    good("generate --html", tmp_path / "trace.html", "--model", tmp_path / "model", "--clip",
-         tmp_path / "clip.wav", "--question", HOSTILE, "--choices", "hum", HOSTILE)
+    code, out, _ = run("generate --html", tmp_path / "trace.html", "--model", tmp_path / "model",
+                       "--clip", tmp_path / "my clip.wav", "--question", f"{HOSTILE} ✓",
+                       "--choices", "hum", HOSTILE, encoding="latin-1")
+    assert code == 0 and f"(3.0 s)\n{HOSTILE} \\u2713 hum, {HOSTILE}\n" in out
+    assert "</seg> [listens to 0.50 to 1.50 s] it" in out and "answer: hum" in out
     page = (tmp_path / "trace.html").read_text()
     assert "<script>document.title" not in page and "<img src=x" not in page
     assert "&lt;script&gt;" in page and not re.search(r"(src|href)=[\"']?(https?:)?//", page)

@@ -31,17 +31,17 @@ class Settings(GRPO):
     audio_root: str = ""        # audio paths are relative to it, or to the data file's folder
     out: str = "runs/rl"        # folder for the log, the save and the model
     listen: Literal[tuple(LISTEN)] = "segment"  # or nothing: text reasoning; silence, elsewhere
-    steps: int = 25             # the paper: one epoch of 21.9k rows
+    steps: int = 20             # the paper: one epoch of 21.9k rows
     questions: int = 16         # prompts a step; the paper: 64
     lr: float = 1.5e-4          # the paper: 1e-6, for 7 billion parameters
     projector_rate: float = 1.0  # the projector's learning rate, as a factor
     bf16: bool = False          # bf16 arithmetic in the decoder
     seed: int = 0               # of the order of questions and of every draw
-    eval_every: int = 25        # steps between evaluations, beside the first and the last
+    eval_every: int = 20        # steps between evaluations, beside the first and the last
     save_every: int = 10        # steps between saves
 
 # With a pretrained decoder the defaults are, as measured for the README:
-PRETRAINED = dict(steps=12, questions=32, group=6, lr=1e-5, projector_rate=0.2, mini_batches=1,
+PRETRAINED = dict(steps=16, questions=32, group=6, lr=1e-5, projector_rate=0.2, mini_batches=1,
                   micro_batch=8, save_every=3, bf16=torch.cuda.is_available())
 
 

@@ -57,7 +57,7 @@ class Settings:
     save_every: int = 250            # steps
 
 # With a pretrained decoder the defaults are, as measured for the README:
-PRETRAINED = dict(base_steps=400, base_lr=5e-5, sft_steps=20, sft_batch=8, sft_lr=2e-5,
+PRETRAINED = dict(base_steps=600, base_lr=5e-5, sft_steps=20, sft_batch=8, sft_lr=2e-5,
                   projector_rate=0.2, micro_batch=8, save_every=40, bf16=torch.cuda.is_available())
 
 
