@@ -43,7 +43,7 @@ class Settings:
     decoder: str = "tiny"            # or a Qwen2 checkpoint: a name or a local folder
     encoder: str = "small"           # or a Whisper checkpoint: a name or a local folder
     thumbnail: bool = True           # --no-thumbnail: the first listen is at the full rate
-    encoder_steps: int = 1000        # of 24 pieces and 8 whole clips; with Whisper try 100
+    encoder_steps: int = 1000        # of 24 pieces and 8 whole clips; Whisper: 100
     base_steps: int = 1450
     base_batch: int = 8
     base_lr: float = 1e-3
