@@ -288,7 +288,7 @@ def make_clip(settings, split, i, recordings, kinds):
     rng = np.random.default_rng([settings.seed, split == "test", i])
     samples, events = synthesise(rng, recordings, settings.clip_s)
     name, path = f"{split}-{i:05d}", f"audio/{split}/{i:05d}.wav"
-    write_atomically(Path(settings.out) / path, wav_bytes(samples), sync=False)  # for speed
+    write_atomically(Path(settings.out) / path, wav_bytes(samples))
     said = ", ".join(f"a {e['kind']}" for e in events)
     clip = {"id": name, "audio_path": path, "A1_description": f"A recording with {said}.",
             "A2_speech": "none", "A3_music": "none", "A4_events": events,
@@ -331,8 +331,8 @@ def run():
 # ==================================================================================================
 # From here on: reading and writing, the toy's data and your own.
 
-def write_atomically(path, data, sync=True):
-    """Write text or bytes: whole or not at all; with `sync` even if the power fails."""
+def write_atomically(path, data):
+    """Write text or bytes: whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -340,8 +340,7 @@ def write_atomically(path, data, sync=True):
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
-            if sync:
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
     except OSError as error:  # a full disk: its own message names no file
         raise EchoError(f"{path}: can't be written ({error})") from None
     os.replace(temporary, path)
