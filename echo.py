@@ -450,7 +450,7 @@ def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
 
     shares = np.array_split(np.arange(len(responses)), grpo.mini_batches)
     # Of each update, micro-batches of indices. A response without an advantage (1e-3: rounding), as
-    # in a flat group, would add its KL alone. Unlike in the paper it is left out: 1.8 times as fast.
+    # in a flat group, would add its KL alone. It is left out, not so in the paper: 1.8x as fast.
     updates = [batches([i for i in share if abs(advantages[i]) > 1e-3], grpo.micro_batch)
                for share in shares]
     # Old log-probs: all before the first update, and not from decoding, whose rounding differs,

@@ -84,11 +84,6 @@ def noise(seconds, seed=0):
     return torch.randn(round(seconds * 16_000), generator=torch.Generator().manual_seed(seed)) * 0.1
 
 
-def heard_in(sample):
-    """The features of its audio tokens."""
-    return [features for features in sample.audio if features is not None]
-
-
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A micro data folder."""
@@ -179,7 +174,7 @@ def test_log_probs_equal_a_plain_pass(model):
     samples, want = [dialogue(model, i, 2.0 + i / 4) for i in range(6)], []
     for s in samples:
         x = model.decoder.get_input_embeddings()(torch.tensor(s.ids).clamp_min(0))
-        x[[i == AUDIO for i in s.ids]] = model.projector(torch.stack(heard_in(s)))
+        x[np.equal(s.ids, AUDIO)] = model.projector(torch.stack([*filter(torch.is_tensor, s.audio)]))
         logp = (model.decoder(inputs_embeds=x[None]).logits[0] / 0.7).log_softmax(-1)
         want += [logp[t - 1, s.ids[t]].item() for t in range(len(s.ids)) if s.trained[t]]
         assert not any(on for i, on in zip(s.ids, s.trained) if i == AUDIO)
@@ -205,8 +200,8 @@ def test_prompt_writes_times_and_holds_any_text(model):
     prompt = model.prompt(torch.zeros(3, 32), any_text, ["{question}", "a, b"])
     said = f' {any_text} Choose from ["{{question}}", "a, b"].\n'
     assert spelled(model, prompt.ids) == "[audio]0.0[audio]0.5[audio]1.0 1.5" + said
-    assert prompt.ids.count(AUDIO) == len(heard_in(prompt)) == 3 and not any(prompt.trained)
-    assert spelled(model, model.prompt([], "Why?").ids) == " Why?\n"
+    assert prompt.ids.count(AUDIO) == sum(map(torch.is_tensor, prompt.audio)) == 3
+    assert spelled(model, model.prompt([], "Why?").ids) == " Why?\n" and not any(prompt.trained)
     prompt = full.prompt(torch.zeros(25 * 101 + 2, 32), "Why?")  # at each second's first token
     second = "".join(f"[audio]{s}.0" + "[audio]" * 24 for s in range(101))
     assert spelled(full, prompt.ids) == second + "[audio]101.0[audio] 101.1 Why?\n"
@@ -271,7 +266,7 @@ def test_interleaved_rollout_hears_the_right_part_and_matches_training(model, wr
     assert [[s.refused for s in r.segments] for r in rows] == [[None] * 2, bad, [], [None] * 2]
     places = [[(8000, 24_000), (16_000, 32_000)], [], [], [(0, 16_000), (56_000, 96_000)]]
     for r, wave, heard in zip(rows, waves, places):
-        again = heard_in(r.sample)[math.ceil(2 * len(wave) / 16_000):]
+        again = [*filter(torch.is_tensor, r.sample.audio[r.sample.trained.index(True):])]
         want = [x for start, end in heard for x in model.hear([wave[start:end]])[0]]
         assert len(again) == len(want)
         assert all((a - b).abs().max() < 1e-4 for a, b in zip(again, want))
@@ -320,14 +315,14 @@ def test_sampling_is_the_softmax_and_a_row_draws_for_itself(model):
     assert fresh[0] != fresh[1]  # no seed
     logits, n = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.9]), 4000  # draws against the softmax itself
     p = logits.softmax(-1)
-    rows, again = ([Rollout(Sample(), None, np.random.default_rng(i)) for i in range(n)]
-                   for _ in range(2))
+    rows = [Rollout(Sample(), None, np.random.default_rng(i)) for i in range(n)]
     tokens, logp = echo.sample_tokens(logits.repeat(n, 1), rows, 1.0)
     shares = torch.bincount(torch.tensor(tokens), minlength=5) / n
     assert ((shares - p).abs() < 5 * (p / n).sqrt() + 1e-3).all()
     assert logp == pytest.approx(p.log()[tokens].tolist(), abs=1e-5)
-    alone = [echo.sample_tokens(logits[None], [row], 1.0)[0][0] for row in again[:9]]
-    assert alone == tokens[:9]
+    waves, short = [noise(2.0 + i, i) for i in range(4)], within(model, 30)
+    for i, row in enumerate(respond(short, waves)):  # the same alone as in a batch
+        assert row.sample.ids == respond(short, [waves[i]], [asked(4)[i]], [i])[0].sample.ids
     assert "not numbers" in error_of(echo.sample_tokens, logits[None] * math.nan, rows[:1], 1.0)
 
 
@@ -581,7 +576,7 @@ def test_questions_by_hand():
 @pytest.mark.parametrize("clip_s", [6.0, 7.5, 24.0])
 def test_the_world_has_no_grid_and_is_searched(clip_s):
     """What the README says of clips: lengths, gaps, and how many looks a search needs."""
-    starts, looks = set(), []
+    starts, looks, shared = set(), [], 0
     for i in range(40):
         rng = np.random.default_rng([4, i])
         wave, events = make_data.synthesise(rng, None, clip_s)
@@ -589,10 +584,12 @@ def test_the_world_has_no_grid_and_is_searched(clip_s):
         for e, later in zip(events, [*events[1:], {"start_s": clip_s + 0.1, "end_s": clip_s}]):
             assert 0.8 <= round(e["end_s"] - e["start_s"], 2) <= 1.5
             assert round(later["start_s"] - e["end_s"], 2) >= 0.09
+            assert make_data.segment_of(e)[0] <= e["start_s"] + 0.05
+            shared += make_data.segment_of(later)[0] < make_data.segment_of(e)[1] <= clip_s
             starts.add(e["start_s"])
         cot = make_data.write_row("find", events, rng)["cot"]
         looks.append(cot.count("I look for"))
-    assert len(starts) > 100 and {looks.count(n) > 2 for n in (1, 2, 3)} == {True}
+    assert len(starts) > 100 and 10 < shared and {looks.count(n) > 2 for n in (1, 2, 3)} == {True}
 
 
 def test_what_the_detector_learns(model):
@@ -779,8 +776,8 @@ def test_a_users_mistake_is_one_line(trained, tmp_path, monkeypatch, command, sa
     assert says in mistake(*usual, *flags)
 
 
-def test_checkpoints(model, qwen, whisper, tmp_path):
-    """What is saved comes back; what can't be a model is one line."""
+def test_checkpoints(model, qwen, whisper, tmp_path, monkeypatch):
+    """What is saved comes back; what can't be a model or be written is one line."""
     for name, saved in (("tiny", micro(model.tokenizer, echo.SmallEncoder())),
                         ("qwen", pretrained(qwen, echo.read_whisper(str(whisper)),
                                             encoder=str(whisper)))):
@@ -792,6 +789,11 @@ def test_checkpoints(model, qwen, whisper, tmp_path):
     for file in (tmp_path / "small").glob("token*"):
         file.unlink()
     assert "small: " in error_of(echo.read_decoder, tmp_path / "small")
+    monkeypatch.setattr(torch, "save", mock.Mock(side_effect=RuntimeError("the disk is full")))
+    assert "new: can't be written" in error_of(save, saved, tmp_path / "new")
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=OSError("the disk is full")))
+    assert "b: can't be written" in error_of(make_data.write_atomically, tmp_path / "b", "text")
+    assert not {"new", "b"} & {p.name for p in tmp_path.iterdir()}  # whole or not at all
 
 
 def test_pretrained_stages_end_to_end(data, trained, qwen, whisper, tmp_path):
