@@ -660,12 +660,13 @@ def test_broken_rows_are_one_line(tmp_path, content, says):
 
 def test_features_belong_to_their_segment(model, tmp_path):
     (tmp_path / "a.wav").write_bytes(wav_bytes(noise(1.0)))
-    features, wave = train_sft.features_of(model), load_audio(tmp_path / "a.wav")
+    heard, wave = train_sft.features_of(model), load_audio(tmp_path / "a.wav")
     for _ in range(2):
-        assert torch.equal(features(tmp_path / "a.wav"), model.hear([wave], True)[0])
-        segment = features(tmp_path / "a.wav", (0.2, 0.6))
-        assert torch.equal(segment, model.hear([wave[3200:9600]])[0])
-    assert "ends before its event at 5 s" in error_of(features, tmp_path / "a.wav", (5, 6))
+        first, segments = heard(tmp_path / "a.wav", ((0.2, 0.6), (0.1, 0.4), (0.0, 0.4)))
+        assert torch.equal(first, model.hear([wave], True)[0]) and len(segments) == 3
+        assert all(torch.allclose(x, model.hear([echo.cut(wave, *times)])[0], atol=1e-5)
+                   for times, x in segments.items())
+    assert "ends before one of its events" in error_of(heard, tmp_path / "a.wav", ((5, 6),))
 
 
 # ------------------------------------------------------------------------- the scripts, end to end

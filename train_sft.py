@@ -64,11 +64,12 @@ PRETRAINED = dict(base_steps=600, base_lr=5e-5, sft_steps=20, sft_batch=8, sft_l
 def train_sft(model, training, settings):
     """The paper's stage 1: chains that point at segments, as text. No audio follows a tag here."""
     rows = read_questions(settings.data, settings.audio_root, needs=("answer", "cot"))
-    clips = features_of(model)
+    heard = features_of(model)
     for step in training.steps(settings.sft_steps, "sft"):
         samples = []
         for i in training.batch(len(rows), settings.sft_batch):
-            prompt = model.prompt(clips(rows[i].path), rows[i].question, rows[i].choices)
+            first_listen, _ = heard(rows[i].path)
+            prompt = model.prompt(first_listen, rows[i].question, rows[i].choices)
             samples.append(model.add_response(prompt, rows[i].row["cot"]))
         lr = settings.sft_lr * linear_schedule(step, settings.sft_steps)
         fit(model, training, samples, lr, settings.micro_batch)
@@ -175,18 +176,18 @@ def is_finished(folder):
     return finished
 
 
-def features_of(model, keep=16_384):
-    """A function that remembers: path -> first listen of a clip, or path, (start_s, end_s) -> that
-    segment of it at the full rate; features (n, encoder dim). `keep`: how many are kept."""
+def features_of(model, keep=4096):
+    """A function that remembers: path of a clip, (start_s, end_s) of segments -> features of the
+    clip's first listen, and {(start_s, end_s): features at the full rate}; `keep`: clips kept."""
     @functools.lru_cache(keep)
-    def features(path, times=None):
+    def heard(path, segments=()):
         wave = load_audio(path)
-        if times:
-            wave = cut(wave, *times)
-        if not len(wave):
-            raise EchoError(f"{path}: the clip ends before its event at {times[0]} s")
-        return model.hear([wave], first_listen=not times)[0]
-    return features
+        pieces = [cut(wave, *segment) for segment in segments]
+        if not all(map(len, pieces)):
+            raise EchoError(f"{path}: the clip ends before one of its events")
+        first_listen, = model.hear([wave], first_listen=True)
+        return first_listen, dict(zip(segments, model.hear(pieces)))
+    return heard
 
 
 # ==================================================================================================
@@ -365,19 +366,21 @@ def train_encoder(detector, training, described, settings):
 
 def train_base(model, training, settings):
     """Half of the samples describe a whole clip, half answer a question about short clips."""
-    clips, (described, kinds) = features_of(model), read_clips(settings)
+    heard, (described, kinds) = features_of(model), read_clips(settings)
     mine = range(settings.base_batch)[training.rank::training.world]
     for step in training.steps(settings.base_steps, "base"):
         samples = []
         for i, k in zip(training.batch(len(described), settings.base_batch), mine):
+            path, events = described[i]
+            features = heard(path, tuple(segment_of(e) for e in events))
             rng = np.random.default_rng([settings.seed, step, k])
             sample = short_clips if rng.random() < 0.5 else whole_clip
-            samples.append(sample(model, *described[i], clips, rng, kinds))
+            samples.append(sample(model, *features, events, rng, kinds))
         lr = settings.base_lr * linear_schedule(step, settings.base_steps)
         fit(model, training, samples, lr, settings.micro_batch)
 
 
-def whole_clip(model, path, events, clips, rng, kinds):
+def whole_clip(model, first_listen, segments, events, rng, kinds):
     """Describe one sound, which may have to be searched, and all that follows it; or all kinds of
     sound, in RANDOM order: in order of time, where a sound is could be had without its name. Half
     of the descriptions come with the segments' audio."""
@@ -390,11 +393,11 @@ def whole_clip(model, path, events, clips, rng, kinds):
         heard = rng.permutation(sorted({e["kind"] for e in events}))
         ask = ", ".join("the " + kind for kind in heard)
         said = sum((look_for([e for e in events if e["kind"] == kind]) for kind in heard), [])
-    prompt = model.prompt(clips(path), f"Describe {ask}.")
-    return add_grounded(model, prompt, " ".join(said), path, clips, listen=rng.random() < 0.5)
+    prompt = model.prompt(first_listen, f"Describe {ask}.")
+    return add_grounded(model, prompt, " ".join(said), segments, listen=rng.random() < 0.5)
 
 
-def short_clips(model, path, events, clips, rng, kinds):
+def short_clips(model, first_listen, segments, events, rng, kinds):
     """A question, most to find or order, and short clips at the full rate with what is heard in
     them; no whole clip. Here counting is learned, and when to go on. Where the short clips lie is
     given: it can't be known."""
@@ -402,10 +405,10 @@ def short_clips(model, path, events, clips, rng, kinds):
     row = write_row(category, events, rng, kinds)
     prompt = model.prompt([], row["question"], row["multi_choice"])
     listen = rng.random() < 0.75  # else: how an answer follows from a chain, whatever the distance
-    return add_grounded(model, prompt, row["cot"], path, clips, listen, place=False)
+    return add_grounded(model, prompt, row["cot"], segments, listen, place=False)
 
 
-def add_grounded(model, sample, text, path, clips, listen, place=True):
+def add_grounded(model, sample, text, segments, listen, place=True):
     """Append a grounded text to learn; with `listen`, the audio of each segment after its tag, as
     decoding inserts it. place=False: the times in the tags are given, not to be learned."""
     pairs, rest = split_segments(text)
@@ -414,7 +417,7 @@ def add_grounded(model, sample, text, path, clips, listen, place=True):
         sample.add(model.tokenize(tag.removeprefix("<seg>")), trained=place)
         if listen:
             segment = parse_segment(tag, math.inf)
-            sample.add_audio(clips(path, (segment.start_s, segment.end_s)))
+            sample.add_audio(segments[segment.start_s, segment.end_s])
     return model.add_response(sample, rest)
 
 
