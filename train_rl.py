@@ -2,9 +2,6 @@
 
     python train_rl.py                                     # D, interleaved -> runs/rl
     python train_rl.py --listen nothing --out runs/rl-text # B', the text-only control, same steps
-
-A step is echo.grpo_step: `questions` prompts, `group` responses to each, rewards, advantages within
-each group, and updates of the clipped objective with a k3 KL to the frozen SFT policy.
 """
 # SPDX-License-Identifier: MIT
 import copy

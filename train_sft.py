@@ -44,10 +44,10 @@ class Settings:
     encoder: str = "small"           # or a Whisper checkpoint: a name or a local folder
     thumbnail: bool = True           # --no-thumbnail: the first listen is at the full rate
     encoder_steps: int = 1000        # of 24 pieces and 8 whole clips; Whisper: 100
-    base_steps: int = 1450
-    base_batch: int = 8
-    base_lr: float = 1e-3
-    sft_steps: int = 400             # the paper: one epoch of 75.9k rows
+    base_steps: int = 1400
+    base_batch: int = 6
+    base_lr: float = 8e-4
+    sft_steps: int = 300             # the paper: one epoch of 75.9k rows
     sft_batch: int = 16
     sft_lr: float = 5e-4             # the paper: 5e-6, for 7 billion parameters
     projector_rate: float = 1.0      # the projector's learning rate, as a factor
@@ -57,32 +57,33 @@ class Settings:
     save_every: int = 250            # steps
 
 # With a pretrained decoder the defaults are, as measured for the README:
-PRETRAINED = dict(base_steps=600, base_lr=5e-5, sft_steps=20, sft_batch=8, sft_lr=2e-5,
-                  projector_rate=0.2, micro_batch=8, save_every=40, bf16=torch.cuda.is_available())
+PRETRAINED = dict(base_steps=600, base_batch=8, base_lr=5e-5, sft_steps=20, sft_batch=8,
+                  sft_lr=2e-5, projector_rate=0.2, micro_batch=8, save_every=40,
+                  bf16=torch.cuda.is_available())
 
 
 def train_sft(model, training, settings):
     """The paper's stage 1: chains that point at segments, as text. No audio follows a tag here."""
     rows = read_questions(settings.data, settings.audio_root, needs=("answer", "cot"))
     heard = features_of(model)
-    for step in training.steps(settings.sft_steps, "sft"):
+    for _ in training.steps(settings.sft_steps, "sft"):
         samples = []
         for i in training.batch(len(rows), settings.sft_batch):
             first_listen, _ = heard(rows[i].path)
             prompt = model.prompt(first_listen, rows[i].question, rows[i].choices)
             samples.append(model.add_response(prompt, rows[i].row["cot"]))
-        lr = settings.sft_lr * linear_schedule(step, settings.sft_steps)
-        fit(model, training, samples, lr, settings.micro_batch)
+        fit(model, training, samples, settings.sft_lr, settings.sft_steps)
 
 
-def fit(model, training, samples, lr, micro_batch):
-    """One update on the rows of all processes."""
+def fit(model, training, samples, lr, steps):
+    """One of so many updates, on the rows of all processes; lr: the highest of them."""
     n_tokens, total = sum_over_processes(sum(sum(s.trained) for s in samples)), 0.0
     alike = sorted(samples, key=lambda sample: len(sample.ids))  # in length: less padding
-    for some in batches(alike, micro_batch):
+    for some in batches(alike, training.settings["micro_batch"]):
         loss = sft_loss(model, some, n_tokens)
         loss.backward()
         total += loss.item()
+    lr *= linear_schedule(training.step, steps)
     training.set_lr(lr)
     optimizer_step(training.optimizer)
     training.step += 1
@@ -185,8 +186,7 @@ def features_of(model, keep=4096):
         pieces = [cut(wave, *segment) for segment in segments]
         if not all(map(len, pieces)):
             raise EchoError(f"{path}: the clip ends before one of its events")
-        first_listen, = model.hear([wave], first_listen=True)
-        return first_listen, dict(zip(segments, model.hear(pieces)))
+        return model.hear([wave], True)[0], dict(zip(segments, model.hear(pieces)))
     return heard
 
 
@@ -376,8 +376,7 @@ def train_base(model, training, settings):
             rng = np.random.default_rng([settings.seed, step, k])
             sample = short_clips if rng.random() < 0.5 else whole_clip
             samples.append(sample(model, *features, events, rng, kinds))
-        lr = settings.base_lr * linear_schedule(step, settings.base_steps)
-        fit(model, training, samples, lr, settings.micro_batch)
+        fit(model, training, samples, settings.base_lr, settings.base_steps)
 
 
 def whole_clip(model, first_listen, segments, events, rng, kinds):
