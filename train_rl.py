@@ -30,7 +30,7 @@ class Settings(GRPO):
     listen: Literal[tuple(LISTEN)] = "segment"  # or nothing: text reasoning; silence, elsewhere
     steps: int = 20             # the paper: one epoch of 21.9k rows
     questions: int = 16         # prompts a step; the paper: 64
-    lr: float = 1.5e-4          # the paper: 1e-6, for 7 billion parameters
+    lr: float = 1e-4            # the paper: 1e-6, for 7 billion parameters
     projector_rate: float = 1.0  # the projector's learning rate, as a factor
     bf16: bool = False          # bf16 arithmetic in the decoder
     seed: int = 0               # of the order of questions and of every draw
