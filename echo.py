@@ -19,7 +19,7 @@ A response is plain text, tags and all, as in this chain, from which stage 1 lea
 
 Stage 1, SFT, teaches to write tags: the clip is in the prompt, no audio follows a tag. It starts
 from a base model that knows what short clips are like at the full rate (made in train_sft.py).
-Stage 2, RL, teaches to gain from what the tags bring. Each is a loop around these lines:
+Stage 2, RL, teaches to gain from what the tags bring. Each loops over its lines here:
 
     prompt = policy.prompt(policy.hear([wave], first_listen=True)[0], question, choices)
     sft_loss(policy, [policy.add_response(prompt, chain), ...]).backward()
@@ -125,7 +125,7 @@ class Sample:
     """Text and audio as one sequence: the input of SFT, of a rollout and of its update."""
     ids: list = field(default_factory=list)       # token ids, AUDIO for each audio token
     trained: list = field(default_factory=list)   # True: has a loss (SFT: a response; rollout:
-                                                  # sampled ids). False: a prompt, audio
+                                                  # sampled ids). False: all else
     audio: list = field(default_factory=list)     # features (encoder dim,) where the id is AUDIO,
                                                   # else None
 
@@ -229,7 +229,7 @@ class Echo(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return self.decoder.model(
                 inputs_embeds=x, attention_mask=mask, position_ids=position, cache=cache,
-                use_cache=cache is not None).last_hidden_state  # named so by transformers 5.24
+                use_cache=cache is not None).last_hidden_state  # `cache`: as of transformers 5.24
 
     def logits(self, hidden):
         """(..., D) -> (..., V), in fp32: bf16 logits of 16 to 32 are 0.125 apart, too far for a
@@ -290,7 +290,7 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
         prompt = model.prompt(features, q.question, q.choices)
         rows.append(Rollout(prompt, wave, np.random.default_rng(seed)))
         if len(prompt.ids) > room:
-            rows[-1].ended = "prompt too long"  # as in its whole group: a flat one
+            rows[-1].ended = "prompt too long"  # so is its whole group: advantage 0
     # for speed alone: autocast drops its bf16 copies of the weights when the outermost context
     # ends; this one, itself off, keeps them from token to token
     with torch.autocast(model.device.type, enabled=False):
@@ -312,7 +312,7 @@ def decode(model, rows, listen, temperature):
         for row in rows:
             row.cached = len(row.sample.ids)
         running = [k for k, row in enumerate(rows) if not row.waiting]
-        active = [rows[k] for k in running]  # their last column is real; there is one at least
+        active = [rows[k] for k in running]  # padded on the left, their last column is real
         tokens, logprobs = sample_tokens(model.logits(hidden[running]), active, temperature)
         for row, token, logp in zip(active, tokens, logprobs):
             add_token(model, row, token, logp, listen)
@@ -327,7 +327,7 @@ def decode(model, rows, listen, temperature):
 
 def add_token(model, row, token, logp, listen):
     """Append a sampled id. If its text closes a segment, the row waits for the audio, which goes
-    after this id, even if its text goes on: "</seg>," may end in one token ">,"."""
+    after this id, even if the token goes on: "</seg>," may end in one token ">,"."""
     row.sample.add([token], trained=True)
     row.logprobs.append(logp)
     if token == model.tokenizer.eos_token_id:

@@ -1,7 +1,7 @@
 """Stage 2 of Echo: GRPO with the audio really inserted during the rollout.
 
-    python train_rl.py                                     # D, interleaved -> runs/rl
-    python train_rl.py --listen nothing --out runs/rl-text # B', the text-only control, same steps
+    python train_rl.py                                     # interleaved -> runs/rl
+    python train_rl.py --listen nothing --out runs/rl-text # the text-only control, same steps
 """
 # SPDX-License-Identifier: MIT
 import copy
@@ -24,7 +24,7 @@ REWARD = paper_reward  # or a function of your own: (rollout, answer) -> {name: 
 class Settings(GRPO):
     model: str = "runs/sft"     # the SFT policy: where training starts, and the reference
     data: str = "data/rl.jsonl"    # rows in the published format, JSON or JSON lines
-    test: str = "data/test.jsonl"  # rows to evaluate on; none: no evaluation
+    test: str = "data/test.jsonl"  # evaluated on its first 150; none: not at all
     audio_root: str = ""        # audio paths are relative to it, or to the data file's folder
     out: str = "runs/rl"        # folder for the log, the save and the model
     listen: Literal[tuple(LISTEN)] = "segment"  # or nothing: text reasoning; silence, elsewhere

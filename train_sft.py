@@ -4,7 +4,7 @@
     python train_sft.py --decoder DIR --out runs/qwen       # a pretrained Qwen2 as the decoder
 
 encoder   sound-event detector, then frozen for good, and the projector's start     runs/encoder
-base      the decoder learns what is heard where, and to count it                   runs/base
+base      decoder and projector learn what is heard where, and to count it          runs/base
 sft       the paper's stage 1: grounded chains, text only                           runs/sft
 
 A stage that has its model/ is skipped (rm -r its folder to train it again); a killed one goes on.
@@ -43,7 +43,7 @@ class Settings:
     decoder: str = "tiny"            # or a Qwen2 checkpoint: a name or a local folder
     encoder: str = "small"           # or a Whisper checkpoint: a name or a local folder
     thumbnail: bool = True           # --no-thumbnail: the first listen is at the full rate
-    encoder_steps: int = 1000        # of 24 pieces and 8 whole clips; Whisper: 100
+    encoder_steps: int = 1000        # of 24 pieces and 8 clips; for Whisper give 100
     base_steps: int = 1400
     base_batch: int = 6
     base_lr: float = 8e-4
@@ -76,7 +76,7 @@ def train_sft(model, training, settings):
 
 
 def fit(model, training, samples, lr, steps):
-    """One of so many updates, on the rows of all processes; lr: the highest of them."""
+    """One of `steps` updates, on the rows of all processes; lr: the highest of them."""
     n_tokens, total = sum_over_processes(sum(sum(s.trained) for s in samples)), 0.0
     alike = sorted(samples, key=lambda sample: len(sample.ids))  # in length: less padding
     for some in batches(alike, training.settings["micro_batch"]):
@@ -90,7 +90,7 @@ def fit(model, training, samples, lr, steps):
     training.log({"loss": sum_over_processes(total), "lr": lr}, show=("loss",), every=25)
 
 
-def linear_schedule(step, steps, warmup=0.05, final=0.0):  # the paper's warm-up
+def linear_schedule(step, steps, warmup=0.05, final=0.0):  # warm-up: the paper's, of SFT
     """Factor on the learning rate: linear warm-up over a share of the steps, linear to `final`."""
     up = (step + 1) / max(1, warmup * steps)
     return min(1.0, up, final + (1 - final) * (steps - step) / max(1, steps - warmup * steps))
@@ -125,7 +125,7 @@ class Training:
                 log.truncate(log_bytes)  # what came after the save happens again
 
     def steps(self, n, desc):
-        """The steps that are still to do, behind a progress bar; every few of them, a save."""
+        """The steps still to do (the loop's body counts self.step), every few of them a save."""
         for step in tqdm(range(self.step, n), desc, initial=self.step, total=n,
                          disable=self.rank > 0):
             yield step
@@ -186,12 +186,12 @@ def features_of(model, keep=4096):
         pieces = [cut(wave, *segment) for segment in segments]
         if not all(map(len, pieces)):
             raise EchoError(f"{path}: the clip ends before one of its events")
-        return model.hear([wave], True)[0], dict(zip(segments, model.hear(pieces)))
+        return model.hear([wave], first_listen=True)[0], dict(zip(segments, model.hear(pieces)))
     return heard
 
 
 # ==================================================================================================
-# From here on: a stand-in for a pretrained audio model. With one of your own, skip it.
+# From here to run_stage: a stand-in for a pretrained audio model.
 
 def tiny_tokenizer(texts):
     """Byte-level BPE trained on the toy's texts: their words, tags and times become one token each,
@@ -333,7 +333,7 @@ class Detector(nn.Module):
 
 def train_encoder(detector, training, described, settings):
     """Each step: pieces at the full rate, of one length, each from where a sound's segment begins,
-    and thumbnails of whole clips."""
+    and thumbnails of clips, all as long as the shortest."""
     detector.train(settings.encoder == "small")  # nothing drops out, but cuDNN's GRU asks for it
     waves = [load_audio(path) for path, _ in tqdm(described, "reading clips")]
     shortest_s = min(map(len, waves)) / SAMPLE_RATE
@@ -381,7 +381,7 @@ def train_base(model, training, settings):
 
 def whole_clip(model, first_listen, segments, events, rng, kinds):
     """Describe one sound, which may have to be searched, and all that follows it; or all kinds of
-    sound, in RANDOM order: in order of time, where a sound is could be had without its name. Half
+    sound, in RANDOM order: in order of time, the next place would be known without its name. Half
     of the descriptions come with the segments' audio."""
     if rng.random() < 0.7:
         row = pick(str(rng.choice(["find", "count_after"])), events, rng)
@@ -389,17 +389,17 @@ def whole_clip(model, first_listen, segments, events, rng, kinds):
         ask = f"the {row['name']} and what comes after it"
         said = look_for(looks) + list(map(point_to, events[events.index(target):]))
     else:
-        heard = rng.permutation(sorted({e["kind"] for e in events}))
-        ask = ", ".join("the " + kind for kind in heard)
-        said = sum((look_for([e for e in events if e["kind"] == kind]) for kind in heard), [])
+        named = rng.permutation(sorted({e["kind"] for e in events}))
+        ask = ", ".join("the " + kind for kind in named)
+        said = sum((look_for([e for e in events if e["kind"] == kind]) for kind in named), [])
     prompt = model.prompt(first_listen, f"Describe {ask}.")
     return add_grounded(model, prompt, " ".join(said), segments, listen=rng.random() < 0.5)
 
 
 def short_clips(model, first_listen, segments, events, rng, kinds):
-    """A question, most to find or order, and short clips at the full rate with what is heard in
-    them; no whole clip. Here counting is learned, and when to go on. Where the short clips lie is
-    given: it can't be known."""
+    """A question, most to find or order, no whole clip, and its chain, mostly with the short clips
+    that it points to, at the full rate. Here counting is learned, and when to go on. Where the
+    short clips lie is given: it can't be known."""
     category = str(rng.choice(list(QUESTIONS), p=[0.1, 0.4, 0.1, 0.4]))
     row = write_row(category, events, rng, kinds)
     prompt = model.prompt([], row["question"], row["multi_choice"])
