@@ -381,7 +381,7 @@ def test_grpo_update_against_a_plain_double_loop(model, write, monkeypatch, micr
         r.logprobs = [x + 0.01 for x in r.logprobs]
     optimizer, want = sgd(policy, 0.5), []
     got = echo.grpo_update(policy, reference, optimizer, responses, advantages,
-                           GRPO(temperature=0.7, micro_batch=micro_batch))
+                           GRPO(temperature=0.7, mini_batches=2, micro_batch=micro_batch))
     by_hand, old = sgd(plain, 0.5), [plain([r.sample], 0.7).tolist() for r in responses]
     for half in ((0, 1), (2, 3)):
         total = 0.0

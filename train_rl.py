@@ -38,8 +38,8 @@ class Settings(GRPO):
     save_every: int = 10        # steps between saves
 
 # With a pretrained decoder the defaults are, as measured for the README:
-PRETRAINED = dict(steps=16, questions=32, group=6, lr=1e-5, projector_rate=0.2, mini_batches=1,
-                  micro_batch=8, save_every=3, bf16=torch.cuda.is_available())
+PRETRAINED = dict(steps=16, questions=32, group=6, lr=1e-5, projector_rate=0.2, save_every=3,
+                  bf16=torch.cuda.is_available())
 
 
 def train(policy, settings):
