@@ -400,7 +400,7 @@ def paper_reward(rollout, answer):
 class GRPO:
     group: int = 8              # responses to a question, as in the paper
     temperature: float = 1.0    # of the rollouts, as in the paper
-    mini_batches: int = 1       # updates a step; the paper: 2, of 32 questions each
+    mini_batches: int = 1       # updates a step; the paper: 2; with 1 the ratio stays 1
     clip_ratio: float = 0.2     # as in the paper
     kl_weight: float = 0.04     # of k3 against the SFT policy, as in the paper
     micro_batch: int = 8        # responses in one pass; gradients are accumulated over them

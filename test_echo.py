@@ -31,7 +31,7 @@ import generate
 import make_data
 import train_rl  # noqa: F401
 import train_sft
-from echo import (AUDIO, GRPO, Config, EchoError, Rollout, Sample, Segment, load,
+from echo import (AUDIO, GRPO, Config, EchoError, Rollout, Sample, Segment, cut, load,
                   parse_segment, rollouts, save)
 from make_data import load_audio, read_questions, read_rows, wav_bytes
 
@@ -659,13 +659,13 @@ def test_broken_rows_are_one_line(tmp_path, content, says):
 
 
 def test_features_belong_to_their_segment(model, tmp_path):
-    (tmp_path / "a.wav").write_bytes(wav_bytes(noise(1.0)))
-    heard, wave = train_sft.features_of(model), load_audio(tmp_path / "a.wav")
-    first, segments = heard(tmp_path / "a.wav", ((0.2, 0.6), (0.1, 0.4), (0.0, 0.4)))
+    path, times = tmp_path / "a.wav", ((0.2, 0.6), (0.1, 0.4), (0.0, 0.4))
+    path.write_bytes(wav_bytes(noise(1.0)))
+    heard, wave = train_sft.features_of(model), load_audio(path)
+    _, (first, segments) = heard(path, times), heard(path, times)
     assert torch.equal(first, model.hear([wave], True)[0]) and len(segments) == 3
-    for times, features in segments.items():
-        assert torch.allclose(features, model.hear([echo.cut(wave, *times)])[0], atol=1e-5)
-    assert "ends before one of its events" in error_of(heard, tmp_path / "a.wav", ((5, 6),))
+    assert all((segments[t] - model.hear([cut(wave, *t)])[0]).abs().max() < 1e-5 for t in times)
+    assert "ends before its event at 5 s" in error_of(heard, path, ((5, 6),))
 
 
 # ------------------------------------------------------------------------- the scripts, end to end

@@ -184,8 +184,9 @@ def features_of(model, keep=4096):
     def heard(path, segments=()):
         wave = load_audio(path)
         pieces = [cut(wave, *segment) for segment in segments]
-        if not all(map(len, pieces)):
-            raise EchoError(f"{path}: the clip ends before one of its events")
+        for (start_s, _), piece in zip(segments, pieces):
+            if not len(piece):
+                raise EchoError(f"{path}: the clip ends before its event at {start_s} s")
         return model.hear([wave], first_listen=True)[0], dict(zip(segments, model.hear(pieces)))
     return heard
 
