@@ -32,6 +32,7 @@ Settings and schedules are in train_sft.py and train_rl.py. The method ends afte
 """
 # SPDX-License-Identifier: MIT
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -124,10 +125,8 @@ AUDIO = -1  # stands in the ids where an audio token does; no id of any vocabula
 class Sample:
     """Text and audio as one sequence: the input of SFT, of a rollout and of its update."""
     ids: list = field(default_factory=list)       # token ids, AUDIO for each audio token
-    trained: list = field(default_factory=list)   # True: has a loss (SFT: a response; rollout:
-                                                  # sampled ids). False: all else
-    audio: list = field(default_factory=list)     # features (encoder dim,) where the id is AUDIO,
-                                                  # else None
+    trained: list = field(default_factory=list)   # has a loss: a response to learn, a sampled id
+    audio: list = field(default_factory=list)     # features (encoder dim,) at AUDIO, else None
 
     def add(self, ids, trained=False, audio=None):
         self.ids += ids
@@ -172,6 +171,7 @@ class Echo(nn.Module):
     def device(self):
         return self.projector.weight.device
 
+    @functools.lru_cache(2 ** 16)  # times and names come again
     def tokenize(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 

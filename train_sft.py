@@ -51,15 +51,14 @@ class Settings:
     sft_batch: int = 16
     sft_lr: float = 5e-4             # the paper: 5e-6, for 7 billion parameters
     projector_rate: float = 1.0      # the projector's learning rate, as a factor
-    micro_batch: int = 4             # rows in one pass; gradients are accumulated over them
+    micro_batch: int = 8             # rows in one pass; gradients are accumulated over them
     bf16: bool = False               # bf16 arithmetic in the decoder
     seed: int = 0                    # of the weights and of every draw
     save_every: int = 250            # steps
 
 # With a pretrained decoder the defaults are, as measured for the README:
 PRETRAINED = dict(base_steps=600, base_batch=8, base_lr=5e-5, sft_steps=20, sft_batch=8,
-                  sft_lr=2e-5, projector_rate=0.2, micro_batch=8, save_every=40,
-                  bf16=torch.cuda.is_available())
+                  sft_lr=2e-5, projector_rate=0.2, save_every=40, bf16=torch.cuda.is_available())
 
 
 def train_sft(model, training, settings):
@@ -107,7 +106,7 @@ class Training:
         self.trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
         groups = [{"params": [p], "rate": rates.get(k.split(".")[0], 1.0)}
                   for k, p in self.trained.items()]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.file, log_bytes = self.folder / "training.pt", 0
         if self.file.is_file():
             began = json.loads((self.folder / "settings.json").read_text())
@@ -313,14 +312,14 @@ class Detector(nn.Module):
                 kind[first:after] = -2
                 kind[after - 1:after] = -3
                 kind[first:first + 1] = self.kinds.index(e["kind"])
-                continue
-            time = start_s + (torch.arange(n) + 0.5) / rate  # the middle of each token
-            share = (time - e["start_s"]) / (e["end_s"] - e["start_s"])
-            inside = (share > 0) & (share < 1)
-            kind[inside & (from_edge(e["pulses"], share) > 0)] = self.kinds.index(e["kind"])
-            if first >= 0 and after <= n:
-                nth = (share * e["pulses"]).long()
-                count[inside] = self.COUNTS.index((e["pulses"], 0)) + nth[inside]
+            elif first <= n and after >= 0:  # it may reach into this piece
+                time = start_s + (torch.arange(n) + 0.5) / rate  # the middle of each token
+                share = (time - e["start_s"]) / (e["end_s"] - e["start_s"])
+                inside = (share > 0) & (share < 1)
+                kind[inside & (from_edge(e["pulses"], share) > 0)] = self.kinds.index(e["kind"])
+                if first >= 0 and after <= n:
+                    nth = (share * e["pulses"]).long()
+                    count[inside] = self.COUNTS.index((e["pulses"], 0)) + nth[inside]
         return torch.stack([kind, count])
 
     def forward(self, waves, labels, thumbnail):
