@@ -50,7 +50,6 @@ import torchaudio
 import transformers
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers.models.whisper.modeling_whisper import WhisperEncoder as TheirWhisperEncoder
 
 SAMPLE_RATE = 16_000    # Hz, of every waveform
 TOKENS_PER_SECOND = 25  # of audio at the full rate
@@ -656,9 +655,9 @@ def load(folder, device="cpu"):
     encoder = SmallEncoder()
     if config.encoder != "small":
         settings = transformers.WhisperConfig.from_pretrained(folder / "encoder")
-        encoder = WhisperEncoder(
-            TheirWhisperEncoder(settings),
-            transformers.WhisperFeatureExtractor.from_pretrained(folder / "encoder"))
+        whisper = transformers.WhisperForAudioClassification(settings).encoder  # has no decoder
+        extractor = transformers.WhisperFeatureExtractor.from_pretrained(folder / "encoder")
+        encoder = WhisperEncoder(whisper, extractor)
     model = Echo(config, encoder, *read_decoder(folder))
     rest = torch.load(folder / "echo.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(model.state_dict() | rest)
