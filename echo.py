@@ -1,6 +1,6 @@
 """Echo in one file: an audio language model that listens again while it reasons (arXiv 2602.11909).
 
-The whole method, A being a clip and q a question about it:
+The whole method, where A is a clip and q a question about it:
 
     x = prompt(A, q)                       # the clip, heard once (here coarsely), and the question
     until the response o ends with eos (or is too long):
@@ -10,27 +10,31 @@ The whole method, A being a clip and q a question about it:
     R     = format + consistency + accuracy + segment          # the four rewards of a response
     adv   = (R - mean R) / std R                               # within the group of one question
     ratio = p(o) / p_old(o)                # of each sampled token; old: before the step's updates
-    loss  = -min(ratio adv, clamp(ratio) adv) + kl_weight k3   # GRPO, arXiv 2402.03300; k3: the
-                                           # KL to the SFT policy, estimated for each token
+    loss  = -min(ratio adv, clamp(ratio) adv) + kl_weight k3   # GRPO, arXiv 2402.03300; k3 is an
+                                           # estimate of each token's KL to the SFT policy
 
-A response is plain text, tags and all, as in this chain, from which stage 1 learns:
+A response is plain text with tags in it. Stage 1 learns from chains of thought like this one:
 
     <think>the hum <seg>1.0, 2.5</seg> the hum has two pulses.</think><answer>two</answer>
 
-Stage 1, SFT, teaches to write tags: the clip is in the prompt, no audio follows a tag. It starts
-from a base model that knows what short clips are like at the full rate (made in train_sft.py).
-Stage 2, RL, teaches to gain from what the tags bring. Each loops over its lines here:
+Stage 1, SFT, teaches the model to write such tags. As in the paper it is text only: the clip is in
+the prompt, and no audio follows a tag. So the model learns where to point, not yet how to use what
+it hears there. It starts from a pretrained audio model; the toy's is made in train_sft.py, and has
+heard short clips at the full rate, since SFT shows it coarse first listens only.
+Stage 2, RL, inserts the audio and rewards the result. Each stage repeats these lines:
 
     prompt = policy.prompt(policy.hear([wave], first_listen=True)[0], question, choices)
     sft_loss(policy, [policy.add_response(prompt, chain), ...]).backward()
-    optimizer_step(optimizer)                      # optimizer: of what requires a gradient
+    optimizer_step(optimizer)                      # it holds all weights that require a gradient
 
-    reference = copy.deepcopy(policy).requires_grad_(False)        # the SFT policy, once
+    reference = copy.deepcopy(policy).requires_grad_(False)        # the SFT policy, made once
     grpo_step(policy, reference, optimizer, questions, waves, seeds, GRPO())
 
-Settings and schedules are in train_sft.py and train_rl.py. The method ends after section 6, GRPO.
+Settings and schedules are in train_sft.py and train_rl.py, the chains' origin is in make_data.py.
+The method ends after section 6, GRPO.
 """
 # SPDX-License-Identifier: MIT
+import argparse
 import dataclasses
 import functools
 import inspect
@@ -40,6 +44,7 @@ import os
 import re
 import shutil
 import sys
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,21 +58,23 @@ from torch.nn.utils.rnn import pad_sequence
 
 SAMPLE_RATE = 16_000    # Hz, of every waveform
 TOKENS_PER_SECOND = 25  # of audio at the full rate
-THUMBNAIL_RATE = 2      # of audio in a first listen that is a thumbnail
+THUMBNAIL_RATE = 2      # tokens a second of a coarse first listen, a thumbnail: it averages the
+                        # sound's power over half a second, so finer detail is lost
 
 
 @dataclass
 class Config:
     """What a model is; saved with its weights."""
     encoder: str = "small"        # or a Whisper checkpoint: a name or a local folder
-    decoder: str = "tiny"         # made in train_sft.py; or a Qwen2 checkpoint, as above
-    thumbnail: bool = True        # first listen: 2 audio tokens a second, so that listening again
-                                  # finds something new; False: 25 a second, as in the paper
-    min_segment_s: float = 0.2    # as in the paper
-    max_segment_s: float = 30.0
-    end_slack_s: float = 0.5      # an end this far past the clip is taken as its end
+    decoder: str = "tiny"         # made in train_sft.py; or a Qwen checkpoint, as above
+    thumbnail: bool = True        # the first listen is a thumbnail, so that listening again finds
+                                  # something new; False: it is at the full rate, as in the paper
+    min_segment_s: float = 0.2    # shorter segments are not inserted, as in the paper
+    max_segment_s: float = 30.0   # our choice: one window of Whisper
+    end_slack_s: float = 0.5      # our choice: an end at most this far past the clip is moved to
+                                  # the clip's end; the paper's code moves any end
     max_turns: int = 8            # segments heard in one response, as in the paper
-    max_new_tokens: int = 100     # sampled tokens of a response
+    max_new_tokens: int = 100     # sampled tokens of a response, our choice for the toy
 
 
 # =================================================================================== 1 segment tags
@@ -87,7 +94,7 @@ TAG = re.compile(f"<seg>{NUMBER},{NUMBER}</seg>")  # <seg>2, 2.5</seg>
 
 def split_segments(text):
     """Take a text apart at its closed tags: [(text before, "<seg>...</seg>"), ...], the rest. A
-    </seg> without a <seg> of its own is a tag, too."""
+    </seg> without a <seg> of its own counts as a tag, too, a malformed one."""
     *parts, rest = text.split("</seg>")
     pairs = []
     for part in parts:
@@ -98,8 +105,8 @@ def split_segments(text):
 
 
 def parse_segment(tag, duration_s, turns=0, config=Config()):
-    """A closed tag -> Segment; never raises: what is wrong with it stands in `refused`. turns: how
-    many were heard before."""
+    """A closed tag -> Segment. It never raises: `refused` says what is wrong. duration_s: of the
+    clip; turns: how many segments this response has heard before."""
     match = TAG.fullmatch(tag)
     if not match:
         return Segment(tag, refused="malformed")
@@ -107,12 +114,17 @@ def parse_segment(tag, duration_s, turns=0, config=Config()):
     if duration_s < end_s <= duration_s + config.end_slack_s:
         end_s = duration_s
     length_s = end_s - start_s
-    wrong = {"outside the clip": max(start_s, end_s) > duration_s,
-             "reversed": length_s < 0,
-             "too short": length_s < config.min_segment_s - 1e-6,  # in floats 0.3 - 0.1 < 0.2
-             "too long": length_s > config.max_segment_s + 1e-6,
-             "too many turns": turns >= config.max_turns}
-    refused = next((name for name, holds in wrong.items() if holds), None)
+    refused = None
+    if max(start_s, end_s) > duration_s:
+        refused = "outside the clip"
+    elif length_s < 0:
+        refused = "reversed"
+    elif length_s < config.min_segment_s - 1e-6:  # in floats 0.3 - 0.1 < 0.2
+        refused = "too short"
+    elif length_s > config.max_segment_s + 1e-6:
+        refused = "too long"
+    elif turns >= config.max_turns:
+        refused = "too many turns"
     return Segment(tag, start_s, end_s, refused=refused)
 
 
@@ -124,17 +136,20 @@ AUDIO = -1  # stands in the ids where an audio token does; no id of any vocabula
 class Sample:
     """Text and audio as one sequence: the input of SFT, of a rollout and of its update."""
     ids: list = field(default_factory=list)       # token ids, AUDIO for each audio token
-    trained: list = field(default_factory=list)   # has a loss: a response to learn, a sampled id
+    trained: list = field(default_factory=list)   # True where a loss applies: the response in SFT,
+                                                  # sampled ids in RL
     audio: list = field(default_factory=list)     # features (encoder dim,) at AUDIO, else None
 
     def add(self, ids, trained=False, audio=None):
+        """Append ids, or audio tokens with their features; returns the sample."""
         self.ids += ids
         self.trained += [trained] * len(ids)
         self.audio += audio or [None] * len(ids)
         return self
 
     def add_audio(self, features):
-        """Append an audio token for each row of `features` (n, encoder dim)."""
+        """Append an audio token for each row of `features` (n, encoder dim). No marker surrounds
+        them: the text before says what they are."""
         return self.add([AUDIO] * len(features), audio=list(features))
 
     @property
@@ -151,52 +166,60 @@ def pad_left(rows, device):
 
 # ====================================================================================== 3 the model
 class Echo(nn.Module):
-    """Audio encoder, projector and a Qwen2 decoder; enc(.) of the paper is encoder, then projector.
-    The encoder is frozen in both stages: Whisper's weights, or those of a sound-event detector that
-    train_sft.py trains before, on full-rate and thumbnail input. Trained are the projector and the
-    decoder, but not a pretrained decoder's embeddings and head, since no token is new."""
+    """Audio encoder, projector and a Qwen decoder; enc(.) of the paper is encoder, then projector.
+    The encoder is frozen in both stages: its weights are Whisper's, or those of a sound-event
+    detector, which train_sft.py trains first. The projector and the decoder are trained, but not a
+    pretrained decoder's embeddings and head, since no token is new."""
 
     def __init__(self, config, encoder, decoder, tokenizer):
         super().__init__()
         self.config, self.encoder, self.decoder = config, encoder, decoder
         self.tokenizer, self.bf16 = tokenizer, False  # the scripts set bf16
-        self.tokenize = functools.lru_cache(2 ** 16)(  # texts come again: prompts 5x as fast
+        self.tokenize = functools.lru_cache(2 ** 16)(  # texts repeat: prompts are built 5x faster
             lambda text: tokenizer(text, add_special_tokens=False).input_ids)
         self.projector = nn.Linear(encoder.dim, decoder.config.hidden_size)
         self.encoder.requires_grad_(False)
         for table in (decoder.get_input_embeddings(), decoder.get_output_embeddings()):
             table.requires_grad_(config.decoder == "tiny")
-        self.eval()  # for good: nothing drops out, in training neither
+        self.eval()  # for good: there is no dropout, in training neither
 
     @property
     def device(self):
         return self.projector.weight.device
 
+    @property
+    def first_rate(self):
+        """Audio tokens a second of a first listen."""
+        return THUMBNAIL_RATE if self.config.thumbnail else TOKENS_PER_SECOND
+
     @torch.no_grad()
     def hear(self, waves, first_listen=False):
-        """Waveforms (N_i,) on the CPU -> features (n_i, encoder dim), which embed() projects. Those
-        of one length go together, unpadded, each distinct one once: rollouts 1.2x as fast."""
+        """Waveforms (N_i,) on the CPU -> features (n_i, encoder dim), which embed() projects. Clips
+        of equal length are encoded as one batch, without padding, and duplicates once: rollouts
+        are 1.2x faster."""
         keys = [wave.numpy().tobytes() for wave in waves]
         features = {}
         for size in {len(wave) for wave in waves}:
-            some = {key: wave for key, wave in zip(keys, waves) if len(wave) == size}
-            batch = torch.stack(list(some.values())).to(self.device)
-            features |= zip(some, self.encoder(batch, first_listen and self.config.thumbnail))
+            distinct = {key: wave for key, wave in zip(keys, waves) if len(wave) == size}
+            batch = torch.stack(list(distinct.values())).to(self.device)
+            encoded = self.encoder(batch, thumbnail=first_listen and self.config.thumbnail)
+            features.update(zip(distinct, encoded))
         return [features[key] for key in keys]
 
     def prompt(self, features, question, choices=()):
         """What a response continues: the first listen, its times as text, and the question.
             [audio]0.0[audio]0.5 ... [audio]5.5 6.0 How many pulses has the hum? Choose from ...
-        features: (n, encoder dim) of the first listen; [] for a question without a clip. A token is
-        followed by its start time, at the full rate every 25th; last stands the end of all."""
+        features: (n, encoder dim) of the first listen; [] for a question without a clip. Each token
+        of a thumbnail is followed by its start time; at the full rate the first token of each
+        second is. The last number is the clip's end."""
         sample = Sample()
-        rate = THUMBNAIL_RATE if self.config.thumbnail else TOKENS_PER_SECOND
-        every = 1 if self.config.thumbnail else rate
+        every = 1 if self.config.thumbnail else TOKENS_PER_SECOND
         for i in range(0, len(features), every):
-            sample.add_audio(features[i:i + 1]).add(self.tokenize(f"{i / rate:.1f}"))
+            sample.add_audio(features[i:i + 1])
+            sample.add(self.tokenize(f"{i / self.first_rate:.1f}"))
             sample.add_audio(features[i + 1:i + every])
         if len(features):
-            sample.add(self.tokenize(f" {len(features) / rate:.1f}"))
+            sample.add(self.tokenize(f" {len(features) / self.first_rate:.1f}"))
         if choices:
             listed = json.dumps(choices, ensure_ascii=False)  # quoted: a choice may hold a comma
             question = f"{question} Choose from {listed}."
@@ -207,8 +230,9 @@ class Echo(nn.Module):
         return sample.add(self.tokenize(text) + [self.tokenizer.eos_token_id], trained=True)
 
     def embed(self, samples, since=None):
-        """Embeddings x (B, T, D) of each sample's ids and audio, from index `since` on if a cache
-        holds what is before, padded on the left; and the mask of these T columns."""
+        """Embeddings x (B, T, D) of each sample's ids and audio, padded on the left; and the mask
+        (B, T) of what is no padding. since: for each sample the index to start from, if a KV cache
+        holds what is before."""
         since = since or [0] * len(samples)
         new = [s.ids[start:] for s, start in zip(samples, since)]
         audio = [a for s, start in zip(samples, since) for a in s.audio[start:] if a is not None]
@@ -219,33 +243,35 @@ class Echo(nn.Module):
         return x, pad_left([[1] * len(row) for row in new], self.device)
 
     def hidden(self, x, mask, cache=None):
-        """(B, T, D) embeddings -> last hidden states; `mask` (B, cached + T) marks the real tokens.
-        They have positions 0, 1, 2, ..., text and audio alike, also within a segment; padding's do
-        not matter: mask 0 1 1 0 1, positions 0 0 1 1 2. Attention is causal by column."""
+        """(B, T, D) embeddings -> last hidden states (B, T, D). mask (B, cached + T) marks the real
+        tokens. They have positions 0, 1, 2, ..., text and audio alike; padding's do not matter, for
+        example mask 0 1 1 0 1, positions 0 0 1 1 2. A column attends to the columns before it,
+        which is the same as to the tokens before it, since padding is masked."""
         position = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1]:]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.decoder.model(
+            return self.decoder.model(  # `cache` was called past_key_values before transformers 5
                 inputs_embeds=x, attention_mask=mask, position_ids=position, cache=cache,
-                use_cache=cache is not None).last_hidden_state  # `cache`: as of transformers 5.24
+                use_cache=cache is not None).last_hidden_state
 
     def logits(self, hidden):
-        """(..., D) -> (..., V), in fp32: bf16 logits of 16 to 32 are 0.125 apart, too far for a
-        ratio of probabilities."""
+        """(..., D) -> (..., V), in fp32: bf16 logits of 16 to 32 are 0.125 apart, which is too
+        coarse for a ratio of probabilities."""
         return self.decoder.lm_head(hidden.float())
 
     def forward(self, samples, temperature=1.0):
-        """Log-probs of every trained token, flat in the order of the samples: (n,)."""
+        """Log-probs of the trained tokens of each sample: a list of (n_i,)."""
         hidden = self.hidden(*self.embed(samples))
         ids = pad_left([s.ids for s in samples], self.device)
         trained = pad_left([s.trained for s in samples], self.device)[:, 1:] > 0
         logits = self.logits(hidden[:, :-1][trained]) / temperature    # position t - 1 predicts t
-        return -F.cross_entropy(logits, ids[:, 1:][trained], reduction="none")
+        logp = -F.cross_entropy(logits, ids[:, 1:][trained], reduction="none")
+        return logp.split([sum(s.trained) for s in samples])
 
 
 def sft_loss(model, samples, n_tokens=None):
     """Stage 1: the mean of -log p over the trained tokens. n_tokens: how many the whole batch has,
     on all processes, if these samples are a part of it."""
-    logp = model(samples)
+    logp = torch.cat(model(samples))
     return -logp.sum() / (n_tokens or len(logp))
 
 
@@ -255,13 +281,16 @@ class Rollout:
     """A response while it is written, and its trace afterwards."""
     sample: Sample              # the prompt, then sampled ids and inserted audio
     wave: torch.Tensor          # the original clip, (N,)
-    draws: np.random.Generator  # this row's own: it does not depend on its neighbours
+    draws: np.random.Generator  # this row's own, so that it does not depend on its neighbours
     text: str = ""              # the sampled text, without eos
-    logprobs: list = field(default_factory=list)  # of the sampled ids, as sampled: one for each
+    logprobs: list = field(default_factory=list)  # log-prob of each sampled id when it was sampled
     segments: list = field(default_factory=list)  # a Segment for each </seg>
-    waiting: bool = False       # for the audio of its last segment
-    ended: str | None = None    # "eos", "length", or "prompt too long", then without a response
-    cached: int = 0             # ids before this one are in the KV cache
+    waiting: list = field(default_factory=list)   # those of them whose audio is not inserted yet
+    ended: str | None = None    # "eos", "length", or "prompt too long": then there is no response
+    cached: int = 0             # how many ids are in the KV cache
+    advantage: float = 0.0      # of its reward within its group
+    old_logp: torch.Tensor | None = None  # log-probs under the policy before the step's updates
+    ref_logp: torch.Tensor | None = None  # and under the reference policy
 
     @property
     def heard_segments(self):
@@ -277,29 +306,52 @@ def cut(wave, start_s, end_s):
 def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
     """Decode a response to each question about its clip: in training, evaluation and use.
     questions: objects with .question and .choices; waves: their clips, (N,); listen(wave, start_s,
-    end_s) -> the waveform that is heard, listen=None: nothing is, text reasoning; temperature 0 is
-    greedy; seeds: one, a number or a tuple, for each response; None: afresh. -> Rollouts."""
-    rows = []
-    room = model.decoder.config.max_position_embeddings // 2  # the rest: for the response
+    end_s) -> the waveform that is heard, or None for text reasoning, in which nothing is heard;
+    temperature 0 is greedy; seeds: a number or a tuple for each response. Returns Rollouts."""
+    # half of the decoder's context is for the response and the segments that it may hear
+    room = model.decoder.config.max_position_embeddings // 2
     seeds = seeds or [None] * len(waves)
-    first_listens = model.hear(waves, first_listen=True)
-    for features, q, wave, seed in zip(first_listens, questions, waves, seeds, strict=True):
-        prompt = model.prompt(features, q.question, q.choices)
-        rows.append(Rollout(prompt, wave, np.random.default_rng(seed)))
-        if len(prompt.ids) > room:
-            rows[-1].ended = "prompt too long"  # so is its whole group: advantage 0
-    # for speed alone: autocast drops its bf16 copies of the weights when the outermost context
-    # ends; this one, itself off, keeps them from token to token
+    rows = []
+    for wave, seed in zip(waves, seeds, strict=True):
+        rows.append(Rollout(Sample(), wave, np.random.default_rng(seed)))
+        if len(wave) / SAMPLE_RATE * model.first_rate > room:
+            rows[-1].ended = "prompt too long"  # known before the clip is encoded
+    fitting = [(row, q) for row, q in zip(rows, questions, strict=True) if not row.ended]
+    first_listens = model.hear([row.wave for row, _ in fitting], first_listen=True)
+    for (row, q), features in zip(fitting, first_listens):
+        row.sample = model.prompt(features, q.question, q.choices)
+        if len(row.sample.ids) > room:
+            row.ended = "prompt too long"
+    # For speed alone: the outermost autocast context casts the weights to bf16 once and for all
+    # tokens; this one does nothing but be the outermost.
     with torch.autocast(model.device.type, enabled=False):
         decode(model, [row for row in rows if not row.ended], listen, temperature)
     return rows
 
 
+def sample_tokens(logits, rows, temperature):
+    """The next token of each row and its log-prob: two lists. logits: (rows, V). A row draws one
+    random number and finds it in the cumulated probabilities; temperature 0 takes the likeliest."""
+    logp = (logits / (temperature or 1.0)).log_softmax(-1)
+    if not logp.isfinite().any(-1).all():
+        raise EchoError("the model's logits are not numbers; its training went wrong")
+    if temperature:
+        total = logp.exp().cumsum(-1)
+        draw = torch.tensor([[row.draws.random()] for row in rows]).to(total)
+        token = torch.searchsorted(total, draw * total[:, -1:], right=True)
+        token = token.clamp_max(logp.shape[1] - 1)
+    else:
+        token = logp.argmax(-1, keepdim=True)
+    return token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist()
+
+
 def decode(model, rows, listen, temperature):
-    """Write the responses of a batch in one KV cache. A pass feeds each row what the cache lacks of
-    it, padded on the left: its prompt, then the id sampled last, audio, both, or nothing. 25 audio
-    tokens for one are 25 columns of padding for all: so a row that asks waits until all have asked
-    or ended, twice as fast as at once."""
+    """Write the responses of a batch in one KV cache. Each pass feeds a row what the cache lacks of
+    it: first its prompt, later the id sampled last, or that and the audio inserted after it. Rows
+    with less are padded on the left. A row that closed a segment waits for its audio until all
+    rows wait or have ended, since 25 audio tokens for one row are 25 columns of padding for all:
+    twice as fast. A waiting row draws nothing and its positions stand still; each pass adds one
+    masked column to it."""
     cache = transformers.DynamicCache(config=model.decoder.config)
     mask = torch.zeros(len(rows), 0, dtype=torch.long, device=model.device)
     while rows:
@@ -308,11 +360,11 @@ def decode(model, rows, listen, temperature):
         hidden = model.hidden(x, mask, cache)[:, -1]                             # (rows, D)
         for row in rows:
             row.cached = len(row.sample.ids)
-        running = [k for k, row in enumerate(rows) if not row.waiting]
-        active = [rows[k] for k in running]  # padded on the left, their last column is real
-        tokens, logprobs = sample_tokens(model.logits(hidden[running]), active, temperature)
-        for row, token, logp in zip(active, tokens, logprobs):
-            add_token(model, row, token, logp, listen)
+        active = [k for k, row in enumerate(rows) if not row.waiting]
+        logits = model.logits(hidden[active])  # padded on the left, an active row's last is real
+        tokens, logprobs = sample_tokens(logits, [rows[k] for k in active], temperature)
+        for k, token, logp in zip(active, tokens, logprobs):
+            add_token(model, rows[k], token, logp, listen)
         stay = torch.tensor([not row.ended for row in rows], device=model.device)
         if not stay.all():  # an ended row leaves the batch: 1.5 times as fast
             rows = [row for row in rows if not row.ended]
@@ -323,8 +375,10 @@ def decode(model, rows, listen, temperature):
 
 
 def add_token(model, row, token, logp, listen):
-    """Append a sampled id. If its text closes a segment, the row waits for the audio, which goes
-    after this id, even if the token goes on: "</seg>," may end in one token ">,"."""
+    """Append a sampled id. If its text closes a segment, the row waits for the audio; after a
+    refused segment the text just goes on, as in the paper after one that is too short. The audio
+    goes after this id even if its text goes on: "</seg>," may end in one token ">,". The last
+    token that is allowed hears nothing ("at the limit of tokens"), for nothing would follow."""
     row.sample.add([token], trained=True)
     row.logprobs.append(logp)
     if token == model.tokenizer.eos_token_id:
@@ -334,26 +388,26 @@ def add_token(model, row, token, logp, listen):
     if len(row.logprobs) >= model.config.max_new_tokens:
         row.ended = "length"
     tags = [tag for _, tag in split_segments(row.text)[0]]
-    if len(tags) == len(row.segments):
-        return
-    duration_s = len(row.wave) / SAMPLE_RATE
-    segment = parse_segment(tags[-1], duration_s, len(row.heard_segments), model.config)
-    if not segment.refused and not listen:
-        segment.refused = "text reasoning"
-    if not segment.refused and row.ended:
-        segment.refused = "at the limit of tokens"
-    row.segments.append(segment)
-    segment.heard = not segment.refused  # the audio follows in listen_again()
-    row.waiting = segment.heard          # after a refused one the text just goes on
+    for tag in tags[len(row.segments):]:  # those that this token closed: one, hardly ever two
+        duration_s = len(row.wave) / SAMPLE_RATE
+        segment = parse_segment(tag, duration_s, len(row.heard_segments), model.config)
+        if not segment.refused and not listen:
+            segment.refused = "text reasoning"
+        if not segment.refused and row.ended:
+            segment.refused = "at the limit of tokens"
+        row.segments.append(segment)
+        if not segment.refused:
+            segment.heard = True
+            row.waiting.append(segment)
 
 
 def listen_again(model, rows, listen):
     """Append what each waiting row asked to hear: x' = x + o + enc(A[s:e]) of the paper."""
-    asked = [row.segments[-1] for row in rows]
-    pieces = [listen(row.wave, s.start_s, s.end_s) for row, s in zip(rows, asked)]
-    for row, features in zip(rows, model.hear(pieces)):  # no first listen: at the full rate
+    asked = [(row, segment) for row in rows for segment in row.waiting]
+    pieces = [listen(row.wave, s.start_s, s.end_s) for row, s in asked]
+    for (row, _), features in zip(asked, model.hear(pieces)):  # no first listen: at the full rate
         row.sample.add_audio(features)
-        row.waiting = False
+        row.waiting = []
 
 
 # =============================================================================== 5 the four rewards
@@ -363,10 +417,10 @@ def extract_answer(text):
     return blocks[0].strip() if len(blocks) == 1 else None
 
 
-def is_right(text, answer):
-    """Is this the text's answer, but for case, outer punctuation and spacing?"""
-    extracted = extract_answer(text)
-    return extracted is not None and same_answer(extracted, answer)
+def is_right(text, question):
+    """Does the response's text give the question's answer? See find_choice."""
+    said = extract_answer(text)
+    return said is not None and find_choice(said, question.choices) == question.answer
 
 
 def format_reward(text):
@@ -383,9 +437,9 @@ def consistency_reward(text):
     return max(-0.5, -0.1 * broken_off)
 
 
-def paper_reward(rollout, answer):
+def paper_reward(rollout, question):
     """The four rewards of the paper, by name; their sum lies between -0.5 and 1.5."""
-    right = is_right(rollout.text, answer)
+    right = is_right(rollout.text, question)
     return {"format": format_reward(rollout.text),
             "consistency": consistency_reward(rollout.text),
             "accuracy": 0.5 * right,
@@ -397,7 +451,8 @@ def paper_reward(rollout, answer):
 class GRPO:
     group: int = 8              # responses to a question, as in the paper
     temperature: float = 1.0    # of the rollouts, as in the paper
-    mini_batches: int = 1       # updates a step; the paper: 2; with 1 the ratio stays 1
+    mini_batches: int = 1       # updates a step. The paper: 2, so that its second update uses
+                                # rollouts of an older policy, which the clip keeps in bounds.
     clip_ratio: float = 0.2     # as in the paper
     kl_weight: float = 0.04     # of k3 against the SFT policy, as in the paper
     micro_batch: int = 8        # responses in one pass; gradients are accumulated over them
@@ -405,76 +460,77 @@ class GRPO:
 
 def group_advantages(rewards, eps=1e-4):
     """A_i = (R_i - mean(R)) / (std(R) + eps) within each group: (questions, G) -> (questions, G).
-    A flat group, its rewards all equal, gets 0, but for rounding, and teaches nothing."""
+    A flat group, whose rewards are all equal, gets exactly 0 and teaches nothing."""
     mean, std = rewards.mean(1, keepdim=True), rewards.std(1, correction=0, keepdim=True)
-    return (rewards - mean) / (std + eps)
+    flat = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True) < 1e-9
+    return ((rewards - mean) / (std + eps)).masked_fill(flat, 0.0)
 
 
 def grpo_loss(logp, old_logp, ref_logp, advantage, grpo):
-    """The GRPO objective of each token (arXiv 2402.03300, eq. 3 and 4) as a loss; all are (n,).
-    Returns loss, k3, and whether the clipped term was the smaller one."""
+    """The GRPO objective of each token (arXiv 2402.03300, eq. 3 and 4) as a loss. The log-probs are
+    (n,), advantage is one number. Returns loss, k3, and whether the clipped term was smaller."""
     ratio = torch.exp(logp - old_logp)
-    clip = grpo.clip_ratio
     free = ratio * advantage
-    bounded = ratio.clamp(1 - clip, 1 + clip) * advantage
-    # never negative, and its mean is KL(policy || reference)
+    clipped = ratio.clamp(1 - grpo.clip_ratio, 1 + grpo.clip_ratio) * advantage
+    # k3 is never negative, and its mean over samples of the policy is KL(policy || reference):
+    # J. Schulman, "Approximating KL divergence", 2020
     k3 = torch.exp(ref_logp - logp) - (ref_logp - logp) - 1
-    return -torch.minimum(free, bounded) + grpo.kl_weight * k3, k3, (bounded < free).float()
+    return -torch.minimum(free, clipped) + grpo.kl_weight * k3, k3, (clipped < free).float()
 
 
 def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, listen=cut,
               reward=paper_reward):
     """Stage 2, one step: roll out, reward, compare within each group, update. questions: objects
-    with .question, .choices and .answer; seeds: one for each response, question by question.
-    Returns the Rollouts, their rewards by name, and metrics."""
+    with .question, .choices and .answer; seeds: one for each response, question by question;
+    reward(rollout, question) -> {name: number}. Returns the Rollouts, their rewards by name, and
+    the metrics of grpo_update."""
     questions = [q for q in questions for _ in range(grpo.group)]
     waves = [wave for wave in waves for _ in range(grpo.group)]
     responses = rollouts(policy, questions, waves, listen, grpo.temperature, seeds)
-    parts = [reward(r, q.answer) for r, q in zip(responses, questions)]
-    rewards = torch.tensor([sum(part.values()) for part in parts]).view(-1, grpo.group)
-    advantages = group_advantages(rewards).flatten().to(policy.device)
-    metrics = grpo_update(policy, reference, optimizer, responses, advantages, grpo)
-    return responses, parts, metrics
+    parts = [reward(r, q) for r, q in zip(responses, questions)]
+    rewards = total_rewards(parts, reward).view(-1, grpo.group)
+    for r, advantage in zip(responses, group_advantages(rewards).flatten().tolist()):
+        r.advantage = advantage
+    return responses, parts, grpo_update(policy, reference, optimizer, responses, grpo)
 
 
-def grpo_update(policy, reference, optimizer, responses, advantages, grpo):
-    """`grpo.mini_batches` updates, each on its share of a step's responses: in the first one the
-    ratio is 1. advantages: (responses,). What was sampled is trained: ids are never tokenised
-    again, inserted audio has no loss, eos has one. Returns means over the tokens trained, the
-    entropy estimated by -log p."""
-    def logp_of(model, batch):
-        return model([responses[i].sample for i in batch], grpo.temperature)
-
-    shares = np.array_split(np.arange(len(responses)), grpo.mini_batches)
-    # Of each update, micro-batches of indices. A response without an advantage (1e-3: rounding), as
-    # in a flat group, would add its KL alone. It is left out, not so in the paper: 1.8x as fast.
-    updates = [batches([i for i in share if abs(advantages[i]) > 1e-3], grpo.micro_batch)
+def grpo_update(policy, reference, optimizer, responses, grpo):
+    """`grpo.mini_batches` updates, each on its share of a step's responses. The loss is the mean
+    over a response's tokens, then over the update's responses on all processes, those without an
+    advantage counted, as in the paper. The ids are those that were sampled, never tokenised again;
+    inserted audio has no loss, eos has one. Returns means over the tokens trained: loss, kl (k3),
+    clip_share, and logp_gap, the distance between the old log-probs and those at sampling; and the
+    entropy, the mean of -log p at sampling over all sampled tokens."""
+    shares = batches(responses, math.ceil(len(responses) / grpo.mini_batches))
+    # A response without an advantage, as in a flat group, would add nothing but its KL. We leave it
+    # out, which is 1.8x as fast; the paper keeps it.
+    updates = [batches([r for r in share if r.advantage and r.logprobs], grpo.micro_batch)
                for share in shares]
-    # Old log-probs: of the policy before the first update, so in that one its own. Not those of
-    # decoding, whose rounding differs, in bf16 by too much for a ratio (logp_gap). (tokens,), by
-    # the first response of a micro-batch:
+    # The old log-probs are of the policy before the step, so in the first update the ratio is 1.
+    # Decoding's are not used: its cached passes round differently, in bf16 too much for a ratio.
     with torch.no_grad():
-        old_logps = {batch[0]: logp_of(policy, batch) for update in updates[1:] for batch in update}
-    seen = {name: [] for name in ("loss", "kl", "clip_share", "entropy", "logp_gap")}
+        for batch in sum(updates, []):
+            samples = [r.sample for r in batch]
+            old_logps = policy(samples, grpo.temperature)
+            ref_logps = reference(samples, grpo.temperature)
+            for r, old_logp, ref_logp in zip(batch, old_logps, ref_logps):
+                r.old_logp = old_logp
+                r.ref_logp = ref_logp
+    seen = {"loss": [], "kl": [], "clip_share": [], "logp_gap": []}
     for share, update in zip(shares, updates):
         n_responses = sum_over_processes(len(share))
         for batch in update:
-            logp = logp_of(policy, batch)
-            old_logp = old_logps.get(batch[0], logp.detach())
-            with torch.no_grad():
-                ref_logp = logp_of(reference, batch)
-            lengths = [len(responses[i].logprobs) for i in batch]
-            advantage = torch.cat([advantages[i].repeat(n) for i, n in zip(batch, lengths)])
-            loss, k3, clipped = grpo_loss(logp, old_logp, ref_logp, advantage, grpo)
-            # the paper's mean: over a response's tokens, then over all responses, left out or not
-            (sum(part.mean() for part in loss.split(lengths)) / n_responses).backward()
-            decoded = torch.cat([logp.new_tensor(responses[i].logprobs) for i in batch])
-            for name, x in {"loss": loss, "kl": k3, "clip_share": clipped, "entropy": -decoded,
-                            "logp_gap": (old_logp - decoded).abs()}.items():
-                seen[name] += x.tolist()
+            batch_loss = 0.0
+            for r, logp in zip(batch, policy([r.sample for r in batch], grpo.temperature)):
+                loss, k3, clipped = grpo_loss(logp, r.old_logp, r.ref_logp, r.advantage, grpo)
+                batch_loss = batch_loss + loss.mean() / n_responses
+                gap = (r.old_logp - logp.new_tensor(r.logprobs)).abs()
+                for name, x in zip(seen, (loss, k3, clipped, gap)):
+                    seen[name] += x.tolist()
+            batch_loss.backward()
         optimizer_step(optimizer)
-    n = sum_over_processes(len(seen["loss"])) or 1
-    return {name: sum_over_processes(sum(values)) / n for name, values in seen.items()}
+    seen["entropy"] = [-logp for r in responses for logp in r.logprobs]
+    return means({name: (sum(values), len(values)) for name, values in seen.items()})
 
 
 # ========================================================= The method ends here; plumbing follows.
@@ -488,26 +544,34 @@ class EchoError(Exception):
     """A mistake that the user can mend: what was wrong, where, and what to do, in one line."""
 
 
-def same_answer(a, b):
-    """Are two answers the same? Case, outer punctuation and spacing don't count."""
-    a, b = (" ".join(s.casefold().split()).strip(" .,;:!?\"'") for s in (a, b))
-    return a == b
+def find_choice(said, choices):
+    """The one choice that a text means, or None: the one that is the same to the letter; else but
+    for case and spaces; else but for quotes around it and punctuation behind it. A comparison that
+    fits several choices decides nothing, so that "5 dB." and "5 dB" can be told apart."""
+    def spelled(text):
+        return " ".join(text.casefold().split())
+
+    def bare(text):
+        text = spelled(text).rstrip(".,;:!? ")
+        return text[1:-1].strip() if re.fullmatch("([\"'`]).*\\1", text) else text
+
+    for form in (str, spelled, bare):
+        alike = [choice for choice in choices if form(choice) == form(said) != ""]
+        if alike:
+            return alike[0] if len(alike) == 1 else None
+    return None
 
 
-def sample_tokens(logits, rows, temperature):
-    """The next token of each row and its log-prob: two lists. logits: (rows, V). Sampled by the
-    inverse of the cumulated probabilities: a row draws one number, whatever its neighbours do."""
-    logp = (logits / (temperature or 1.0)).log_softmax(-1)
-    if not logp.isfinite().any(-1).all():
-        raise EchoError("the model's logits are not numbers; its training went wrong")
-    if temperature:
-        total = logp.exp().cumsum(-1)
-        draw = torch.tensor([[row.draws.random()] for row in rows]).to(total)
-        token = torch.searchsorted(total, draw * total[:, -1:], right=True)
-        token = token.clamp_max(logp.shape[1] - 1)
-    else:
-        token = logp.argmax(-1, keepdim=True)
-    return token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist()
+def total_rewards(parts, reward):
+    """The sum of each response's parts, in float64: (responses,). The parts become floats, in
+    place. What a reward function returned is checked here, since it may be anybody's."""
+    for part in parts:
+        wrong = [name for name, x in part.items() if x is None or not math.isfinite(x)]
+        if wrong or part.keys() != parts[0].keys():
+            raise EchoError(f"{reward.__name__} returned {part}; needed: the same names for every "
+                            "response, each with a finite number")
+        part.update({name: float(x) for name, x in part.items()})
+    return torch.tensor([sum(part.values()) for part in parts], dtype=torch.float64)
 
 
 def batches(items, size):
@@ -539,13 +603,24 @@ def sum_over_processes(number):
     return total.item()
 
 
+def means(sums):
+    """{name: (sum, count)} of this process -> {name: mean over all processes}, without a name whose
+    count is 0."""
+    totals = {name: [*map(sum_over_processes, pair)] for name, pair in sums.items()}
+    return {name: total / count for name, (total, count) in totals.items() if count}
+
+
 # ================================================================================ 7 audio encoders
 class SmallEncoder(nn.Module):
-    """(B, N) -> (B, n, dim), a token for each begun 40 ms, or half second of a thumbnail: log-mel,
-    two strided convolutions (100 frames a second -> 25 tokens), and a recurrent network in both
-    directions, which counts better than attention. A thumbnail averages mel POWER over half a
-    second before that: what changes within one can't be read from it."""
+    """(B, N) -> (B, n, dim), one token for every 40 ms begun, or for every half second of a
+    thumbnail: log-mel, two strided convolutions (100 frames a second -> 25 tokens), and a recurrent
+    network in both directions, which counts better than attention. A thumbnail averages mel POWER
+    over half a second before that, so what changes within one can't be read from it.
+
+    An encoder of your own needs `dim`, `pretrained` and forward(waves, thumbnail) like this one,
+    and a line in make_encoder."""
     HOP = 160  # samples, 10 ms
+    pretrained = False  # True: train_sft.py leaves its weights as they are
 
     def __init__(self, dim=96, layers=2, n_mels=40):
         super().__init__()
@@ -568,9 +643,10 @@ class SmallEncoder(nn.Module):
 
 
 class WhisperEncoder(nn.Module):
-    """The encoder of a Whisper checkpoint, pooled to 25 tokens a second. It keeps its windows of
-    30 s, padding included: it attends to the padding, and without it the tokens would not be those
-    it was trained to give. A thumbnail averages mel power as above, at the end with padding."""
+    """The encoder of a Whisper checkpoint, pooled to 25 tokens a second. Its windows are 30 s long,
+    padding included: it was trained so, and attends to the padding. A thumbnail averages mel power
+    as above, at the end together with padding."""
+    pretrained = True
 
     def __init__(self, whisper, extractor):
         super().__init__()
@@ -599,27 +675,42 @@ class WhisperEncoder(nn.Module):
 
 # ================================================================================== 8 save and load
 def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def read_decoder(name):
-    """A Qwen2 checkpoint, a name or a local folder -> decoder in fp32, tokenizer."""
+    """A Qwen2 or Qwen3 checkpoint, a name or a local folder -> decoder in fp32, tokenizer."""
     try:
-        decoder = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, attention_dropout=0.0)
+        decoder, found = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, attention_dropout=0.0, output_loading_info=True)
         # not AutoTokenizer: for Qwen2 it builds Qwen's own, even where another one was saved
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise EchoError(f"{name}: {first_line(error)}") from None
-    if decoder.config.model_type != "qwen2":
-        raise EchoError(f"{name}: a {decoder.config.model_type} model; needed: a Qwen2 checkpoint")
+    except Exception as error:  # each library has its own for a file that is missing or broken
+        raise EchoError(f"{name}: no whole decoder there ({first_line(error)})") from None
+    rows = decoder.get_input_embeddings().num_embeddings
+    for wrong, why in (
+            (decoder.config.model_type not in ("qwen2", "qwen3"),
+             f"a {decoder.config.model_type} model; needed: a Qwen2 or Qwen3 checkpoint"),
+            (found["missing_keys"], f"weights are missing: {sorted(found['missing_keys'])[:3]}"),
+            (tokenizer.eos_token_id is None, "its tokenizer has no eos token"),
+            (len(tokenizer) > rows, f"{len(tokenizer)} tokens, but only {rows} embeddings")):
+        if wrong:
+            raise EchoError(f"{name}: {why}")
     return decoder, tokenizer
 
 
-def read_whisper(name):
-    """A Whisper checkpoint, a name or a local folder -> WhisperEncoder."""
-    whisper = transformers.WhisperModel.from_pretrained(name, dtype=torch.float32).encoder
-    return WhisperEncoder(whisper, transformers.WhisperFeatureExtractor.from_pretrained(name))
+def make_encoder(name, folder=None):
+    """The encoder of Config.encoder. folder: where its settings were saved, without weights; None:
+    a new one, or the pretrained one of that name."""
+    if name == "small":
+        return SmallEncoder()
+    extractor = transformers.WhisperFeatureExtractor.from_pretrained(folder or name)
+    if folder:  # a model for classification has no decoder
+        settings = transformers.WhisperConfig.from_pretrained(folder)
+        whisper = transformers.WhisperForAudioClassification(settings).encoder
+    else:
+        whisper = transformers.WhisperModel.from_pretrained(name, dtype=torch.float32).encoder
+    return WhisperEncoder(whisper, extractor)
 
 
 def save(model, folder):
@@ -638,63 +729,87 @@ def save(model, folder):
             model.encoder.extractor.save_pretrained(temporary / "encoder")
         torch.save(rest, temporary / "echo.pt")
         (temporary / "echo.json").write_text(json.dumps(dataclasses.asdict(model.config)))
+        for path in filter(Path.is_file, temporary.rglob("*")):
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())  # all of it is on the disk before it has its name
     except Exception as error:  # for a full disk each library has its own
         raise EchoError(f"{folder}: can't be written ({first_line(error)})") from None
-    os.sync()  # all of it is on the disk before it has its name
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
+
+
+def has_model(folder):
+    return (Path(folder) / "model" / "echo.json").is_file()
 
 
 def load(folder, device="cpu"):
     """The model that save() wrote to a folder, or to the folder's model/."""
     folder = Path(folder)
-    folder = folder if (folder / "echo.json").is_file() else folder / "model"
+    if has_model(folder):
+        folder = folder / "model"
     if not (folder / "echo.json").is_file():
-        raise EchoError(f"{folder.parent}: no Echo checkpoint there (no echo.json); train one")
-    config = Config(**json.loads((folder / "echo.json").read_text()))
-    encoder = SmallEncoder()
-    if config.encoder != "small":
-        settings = transformers.WhisperConfig.from_pretrained(folder / "encoder")
-        whisper = transformers.WhisperForAudioClassification(settings).encoder  # has no decoder
-        extractor = transformers.WhisperFeatureExtractor.from_pretrained(folder / "encoder")
-        encoder = WhisperEncoder(whisper, extractor)
-    model = Echo(config, encoder, *read_decoder(folder))
-    rest = torch.load(folder / "echo.pt", map_location="cpu", weights_only=True)
-    model.load_state_dict(model.state_dict() | rest)
+        raise EchoError(f"{folder}: no Echo checkpoint there (no echo.json); train one")
+    try:
+        config = Config(**json.loads((folder / "echo.json").read_text()))
+        rest = torch.load(folder / "echo.pt", map_location="cpu", weights_only=True)
+        encoder = make_encoder(config.encoder, folder / "encoder")
+        model = Echo(config, encoder, *read_decoder(folder))
+        missing = model.load_state_dict(rest, strict=False).missing_keys
+        if any(not k.startswith("decoder.") for k in missing):
+            raise EchoError(f"echo.pt lacks weights of {config.encoder!r}")
+    except Exception as error:
+        raise EchoError(f"{folder}: not a whole model, or of another version ({first_line(error)});"
+                        " delete the folder and train or copy it again") from None
     return model.to(device)
 
 
 # ========================================================================== 9 flags and processes
 def parse_settings(cls, doc, defaults={}):
-    """Flags for the fields of a dataclass: --a-b for a field a_b, --no-a-b for a bool that is true.
-    --help prints the dataclass itself, comments and all. defaults: instead of its own."""
+    """Flags for the fields of a dataclass: --a-b for a field a_b, --no-a-b for a bool. --help
+    prints the dataclass itself, comments and all. defaults: instead of its own."""
     def fail(message):
         raise EchoError(f"{message} (--help lists the settings)")
-    parser = transformers.HfArgumentParser(cls, allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for f in dataclasses.fields(cls):
+        how = {"type": type(f.default)}
+        if typing.get_origin(f.type) is typing.Literal:
+            how = {"choices": typing.get_args(f.type)}
+        elif f.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif f.type == list[str]:
+            how = {"nargs": "*", "default": []}
+        parser.add_argument(f"--{f.name.replace('_', '-')}", **{"default": f.default, **how})
     classes = [c for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]
     parser.format_help = lambda: "\n".join([doc, *map(inspect.getsource, classes)])
     parser.error = fail
     parser.set_defaults(**defaults)
-    settings, rest = parser.parse_args_into_dataclasses(
-        return_remaining_strings=True, look_for_args_file=False)
+    values, rest = parser.parse_known_args()
     if rest:
         fail(f"unknown: {' '.join(rest)}")
     for f in dataclasses.fields(cls):
-        value = getattr(settings, f.name)
+        value = getattr(values, f.name)
         least = int(type(f.default) is int and f.default > 0)  # what is 0 by default may be 0
-        if type(value) in (int, float) and not value >= least:
-            fail(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
-    return settings
+        if type(value) in (int, float) and not least <= value < 2 ** 63:
+            fail(f"--{f.name.replace('_', '-')} {value}: must be at least {least}, and finite")
+    return cls(**vars(values))
 
 
 def main(run):
     """Run a script; a user's mistake ends it with one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # no letter ends a run
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None: closed
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):  # a notebook's can't be
+            stream.reconfigure(errors="backslashreplace")  # no letter ends a run
     try:
         sys.exit(run())
-    except (EchoError, OSError, torch.OutOfMemoryError) as error:
+    except (EchoError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        print(f"error: out of memory ({first_line(error)})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -707,12 +822,17 @@ def main(run):
 def pick_device(train=False):
     """The device of this process, a GPU if there is one; for a training under torchrun the
     processes find each other."""
-    device = torch.device("cpu")
+    device, number = torch.device("cpu"), int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if number >= torch.cuda.device_count():
+            raise EchoError(f"{torch.cuda.device_count()} GPUs; start no more processes than that")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     if train and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except ValueError as error:
+            raise EchoError(f"WORLD_SIZE is set, but {first_line(error)}; use torchrun") from None
     return device
 
 

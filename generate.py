@@ -5,13 +5,13 @@
     python generate.py --benchmark data/test.jsonl --output runs/test.json
     python generate.py --html trace.html                       # with any of these: a page of it
 
-Decoding is the very function that train_rl.py rolls out with, but greedy.
+Decoding is the very function that train_rl.py rolls out with, here greedy by default.
 """
 # SPDX-License-Identifier: MIT
 import base64
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Literal
@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from echo import (AUDIO, SAMPLE_RATE, EchoError, Rollout, Sample, batches, cut,
-                  extract_answer, is_right, load, main, parse_settings, pick_device, processes,
-                  rollouts, same_answer, split_segments, sum_over_processes)
+from echo import (AUDIO, SAMPLE_RATE, EchoError, Rollout, Sample, batches, cut, extract_answer,
+                  is_right, load, main, means, parse_settings, pick_device, processes, rollouts,
+                  split_segments)
 from make_data import (Question, load_audio, read_questions, segment_of, wav_bytes,
                        write_atomically)
 
@@ -47,6 +47,9 @@ class Settings:
     choices: list[str] = field(default_factory=list)  # the answers to choose from
     model: str = "runs/rl"           # checkpoint folder
     listen: Literal[tuple(LISTEN)] = "segment"  # or nothing: text reasoning; silence, elsewhere
+    temperature: float = 0.0         # 0: greedy; the paper: 0.7
+    max_turns: int = 0               # segments heard in a response; 0: as the model has it
+    max_new_tokens: int = 0          # sampled tokens of a response; 0: as the model has it
     bf16: bool = False               # bf16 arithmetic in the decoder
     benchmark: str = ""              # a data file: toy, native, MMAR or MMAU rows
     output: str = ""                 # a file for the answered rows
@@ -55,8 +58,15 @@ class Settings:
     html: str = ""                   # write a page of traces
 
 
-def answer(model, questions, listen=cut, batch=50):
-    """A greedy Rollout for each Question; one whose clip can't be read has `ended` say why."""
+def set_limits(model, settings):
+    """The limits that flags give, instead of those saved with the model."""
+    for name in ("max_turns", "max_new_tokens"):
+        if getattr(settings, name):
+            model.config = replace(model.config, **{name: getattr(settings, name)})
+
+
+def answer(model, questions, listen=cut, batch=50, temperature=0.0):
+    """A Rollout for each Question; one whose clip can't be read has `ended` say why."""
     responses = []
     for some in tqdm(batches(questions, batch), "answers", leave=False, disable=processes()[0] > 0):
         waves, rows = {}, {}
@@ -65,8 +75,8 @@ def answer(model, questions, listen=cut, batch=50):
                 waves[k] = load_audio(q.path)
             except (EchoError, OSError) as error:
                 rows[k] = Rollout(Sample(), None, None, ended=str(error))
-        rows |= zip(waves, rollouts(model, [some[k] for k in waves], list(waves.values()), listen,
-                                    temperature=0.0))
+        heard = rollouts(model, [some[k] for k in waves], list(waves.values()), listen, temperature)
+        rows |= zip(waves, heard)
         responses += [rows[k] for k in range(len(some))]
     return responses
 
@@ -79,35 +89,38 @@ def overlap(segment, event):
 
 
 def measure(questions, responses, categories=()):
-    """The metrics of the responses of all processes; the README defines each. One without a case,
-    such as the hits of no segments, is left out."""
-    counts = {name: [0, 0] for name in ("accuracy", *sorted(categories))}
+    """The metrics of the responses of all processes; .github/RESULTS.md defines each. One without a
+    case, such as the hits of no segments, is left out."""
+    counts = {f"accuracy_{category}": [0, 0] for category in sorted(categories)}
+    counts["accuracy"] = [0, 0]
     for q, r in zip(questions, responses):
-        for name in {"accuracy", q.category} & counts.keys():
-            counts[name][0] += q.answer is not None and is_right(r.text, q.answer)
+        for name in {"accuracy", f"accuracy_{q.category}"} & counts.keys():
+            counts[name][0] += q.answer is not None and is_right(r.text, q)
             counts[name][1] += q.answer is not None
     n, segments = len(responses), [s for r in responses for s in r.segments]
-    searched = [(q, r) for q, r in zip(questions, responses) if "listen_to" in q.row]  # the toy's
-    pairs = [pair for q, r in searched for pair in zip(r.heard_segments, q.row["listen_to"])]
-    heard = sum(len(r.heard_segments) for _, r in searched)
-    n_heard = sum(s.heard for s in segments)
+    toy = [(q, r) for q, r in zip(questions, responses) if q.listen_to]  # true places are known
+    pairs = [pair for q, r in toy for pair in zip(r.heard_segments, q.listen_to)]
+    heard, n_heard = sum(len(r.heard_segments) for _, r in toy), sum(s.heard for s in segments)
+    true_s = [segment_of(e) for _, e in pairs]
     counts |= {"hits": (sum((s.start_s, s.end_s) == segment_of(e) for s, e in pairs), heard),
                "iou": (sum(overlap(s, e) for s, e in pairs), heard),
+               "heard_s": (sum(s.end_s - s.start_s for s, _ in pairs), len(pairs)),
+               "sound_s": (sum(end_s - start_s for start_s, end_s in true_s), len(pairs)),
                "segments": (n_heard, n),
                "rejected": (len(segments) - n_heard, len(segments)),
                "truncated": (sum(r.ended == "length" for r in responses), n),
                "length": (sum(len(r.logprobs) for r in responses), n),
                "audio_tokens": (sum(r.sample.ids.count(AUDIO) for r in responses), n)}
-    sums = {name: [*map(sum_over_processes, pair)] for name, pair in counts.items()}
-    return {name: top / bottom for name, (top, bottom) in sums.items() if bottom}
+    return means(counts)
 
 
 def trace(rollout):
     """What a benchmark's row keeps of a Rollout. The answer's text alone is what the evaluators
     read, MMAR's as answer_prediction, MMAU's as model_output."""
     said = extract_answer(rollout.text) or ""
-    return {"answer_prediction": said, "model_output": said, "response": rollout.text,
-            "segments": [asdict(s) for s in rollout.segments], "ended": rollout.ended}
+    return {"answer_prediction": said, "model_output": said,
+            "echo": {"response": rollout.text, "ended": rollout.ended,
+                     "segments": [asdict(s) for s in rollout.segments]}}
 
 
 def print_clip(q, rollout):
@@ -123,38 +136,50 @@ def print_clip(q, rollout):
           f"{said or f'(none, ended: {rollout.ended})'}{truth}")
 
 
-def use(model, settings):
-    """Answer a question or a file of them; the exit code is 1 if one could not be answered."""
+def asked(settings):
+    """The Questions that the flags ask for."""
     clip, question, choices = settings.clip, settings.question, settings.choices
+    files = [Path(f).resolve() for f in (settings.benchmark, settings.output, settings.html) if f]
+    if len(set(files)) < len(files):
+        raise EchoError("--benchmark, --output and --html: needed are different files")
+    try:
+        "".join([question, *choices]).encode()
+    except UnicodeError:
+        raise EchoError("--question, --choices: not UTF-8") from None
     if settings.benchmark:
-        questions = read_questions(settings.benchmark, settings.audio_root, needs=())
-    elif clip and question:
-        questions = [Question({}, Path(clip), question, choices, None, "")]
-    elif clip or question or choices:
+        return read_questions(settings.benchmark, settings.audio_root, needs=())
+    if clip and question:
+        return [Question({}, Path(clip), question, choices, None, "", ())]
+    if clip or question or choices:
         raise EchoError("--clip and --question: needed are both, and perhaps --choices a b c d")
-    else:
-        toy = read_questions("data/test.jsonl")  # the one that needs the most looks
-        questions = [max(toy, key=lambda q: len(q.row.get("listen_to", ())))]
-    responses = answer(model, questions, LISTEN[settings.listen], settings.batch)
+    return [max(read_questions("data/test.jsonl"), key=lambda q: len(q.listen_to))]  # most looks
+
+
+def use(model, settings):
+    """Answer a question or a file of them; the exit code is 1 if one could not be answered. Files
+    are written before anything is printed, since printing may fail."""
+    questions = asked(settings)
+    responses = answer(model, questions, LISTEN[settings.listen], settings.batch,
+                       settings.temperature)
     broken = [f"{q.row.get('id', q.path)}: {r.ended}" for q, r in zip(questions, responses)
               if not r.logprobs]
     if broken and not settings.benchmark:
         raise EchoError(broken[0])
-    if settings.benchmark:
-        unscored = sum(q.answer is None for q in questions)
-        if unscored:
-            print(f"{unscored} of {len(questions)} have no answer among their choices: not scored",
-                  file=sys.stderr)
-        metrics = measure(questions, responses, {q.category for q in questions})
-        print("\n".join(f"{name:<16}{value:8.4g}" for name, value in metrics.items()))
-    else:
-        print_clip(questions[0], responses[0])
     if settings.output:
         rows = [q.row | trace(r) for q, r in zip(questions, responses)]
         write_atomically(settings.output, json.dumps(rows, ensure_ascii=False, indent=2))
     if settings.html:  # the first ones, since each carries its audio
         write_page(settings.html, "Echo listens again", "".join(
             trace_html(q, r) for q, r in zip(questions[:60], responses) if r.logprobs))
+    unscored = sum(q.answer is None for q in questions)
+    if unscored and settings.benchmark:
+        print(f"{unscored} of {len(questions)} have no answer among their choices: not scored",
+              file=sys.stderr)
+    if settings.benchmark:
+        metrics = measure(questions, responses, {q.category for q in questions})
+        print("\n".join(f"{name:<24}{value:8.4g}" for name, value in metrics.items()))
+    else:
+        print_clip(questions[0], responses[0])
     if broken:
         print("\n".join([*broken, f"{len(broken)} of {len(questions)} can't be answered"]),
               file=sys.stderr)
@@ -165,17 +190,23 @@ def use(model, settings):
 # From here on: drawing. A reader of the method can stop.
 
 COLOURS = ("#d9480f", "#1971c2", "#2f9e44", "#9c36b5", "#c2255c", "#0c8599", "#e67700", "#5f3dc4")
-STYLE = """<!doctype html><html lang="en"><meta charset="utf-8"><style>
+STYLE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><style>
 body{margin:auto;padding:1rem;max-width:60rem;font:16px/1.5 system-ui,sans-serif}
 .axis{display:flex;justify-content:space-between;font-size:.8rem;color:#777}
-.loudness{position:relative}svg,audio{width:100%}svg{height:8rem;display:block;overflow:visible}
+.loudness,.truth{position:relative}svg,audio{width:100%}
+svg{height:8rem;display:block;overflow:visible}
 .span{position:absolute;top:0;bottom:0;box-sizing:border-box;border:solid var(--c);
 border-width:0 2px;background:color-mix(in srgb,var(--c) 27%,#0000)}
+.truth{height:1.4rem;margin:.3rem 0;font-size:.8rem}
+.truth div{position:absolute;background:#7773;overflow:hidden;white-space:nowrap;padding-left:.2rem}
 .response,svg{background:#8881;border-radius:8px;stroke-width:2}
 .response{padding:.8rem;overflow-wrap:anywhere;white-space:pre-wrap}
 .chip{font:inherit;color:#777;border:1px dashed;border-radius:1rem;padding:0 .6rem}
 button.chip{color:#fff;background:var(--c);border:0;cursor:pointer}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1rem}
+.big,.small{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:1rem}
+.small{grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));font-size:.8rem}
+.small svg{height:4rem}.plot{display:flex;gap:.4rem}.plot .axis{flex-direction:column}
 .right{color:#2f9e44}.wrong{color:#e03131}</style>"""
 SCRIPT = """<script>
 for (const clip of document.querySelectorAll('.clip')) clip.onclick = event => {
@@ -195,10 +226,11 @@ def write_page(path, title, body):
 
 
 def line_svg(points):
-    """A line through points (x, y), x from 0 on, as high and as wide as its box."""
+    """A line through points (x, y), as high and as wide as its box."""
     xs, ys = zip(*points)
     low, high = min(0.0, *ys), max(0.0, *ys) or 1.0
-    at = " ".join(f"{300 * x / (xs[-1] or 1):.1f},{100 * (high - y) / (high - low):.1f}"
+    across = 300 / ((xs[-1] - xs[0]) or 1)
+    at = " ".join(f"{across * (x - xs[0]):.1f},{100 * (high - y) / (high - low):.1f}"
                   for x, y in points)
     return (f'<svg viewBox="0 0 300 100" preserveAspectRatio="none"><polyline points="{at}" '
             f'fill="none" stroke="{COLOURS[0]}" vector-effect="non-scaling-stroke"/></svg>')
@@ -221,38 +253,58 @@ def response_html(rollout, seconds):
 
 
 def trace_html(q, rollout):
-    """Loudness with the segments' spans, player, response with its chips, answer and truth."""
+    """Loudness with the spans that were heard, the true sounds below, player, response, answer."""
     wave = rollout.wave
     seconds, said = len(wave) / SAMPLE_RATE, extract_answer(rollout.text) or ""
     response, spans = response_html(rollout, seconds)
-    verdict = "" if not q.answer else "right" if same_answer(said, q.answer) else "wrong"
+    verdict = "" if not q.answer else "right" if is_right(rollout.text, q) else "wrong"
+    truth = "".join(
+        f'<div style="left:{e["start_s"] / seconds:.2%};right:{1 - e["end_s"] / seconds:.2%}">'
+        f'{escape(str(e.get("kind", "")))} {e.get("pulses", "")}</div>' for e in q.listen_to)
+    if truth:
+        truth = f'<div class="truth">{truth}</div><div class="axis">above: the true sounds</div>'
     ticks = "".join(f"<span>{seconds * i / 6:.1f} s</span>" for i in range(7))
     loudness = list(enumerate(F.adaptive_max_pool1d(wave.abs()[None], 600)[0].tolist()))
     sound = base64.b64encode(wav_bytes(wave.numpy().clip(-1, 1))).decode()
     return f"""<div class="clip"><div class="loudness">{line_svg(loudness)}{spans}</div>
-<div class="axis">{ticks}</div><audio controls src="data:audio/wav;base64,{sound}"></audio>
+<div class="axis">{ticks}</div>{truth}<audio controls src="data:audio/wav;base64,{sound}"></audio>
 <p><b>{escape(q.question)}</b> {escape(", ".join(q.choices))}</p>
 <div class="response">{response}</div>
-<p>Answer: <b>{escape(said or "none")}</b> <b class="{verdict}">{verdict}</b>
-truth: {escape(q.answer or "?")}, ended: {rollout.ended}</p></div>"""
+<p>Answer: <b>{escape(said or "none")}</b> <b class="{verdict}">{verdict}</b><br>
+Truth: {escape(q.answer or "not known")}<br>Ended: {rollout.ended}</p></div>"""
+
+
+def chart(name, log):
+    """A metric over the steps, with its axes."""
+    points = [(entry["step"], entry[name]) for entry in log if name in entry]
+    values = [y for _, y in points]
+    high, low = max(*values, 0.0), min(*values, 0.0)
+    return f"""<div><b>{escape(name)}</b>: first {values[0]:.3g}, last {values[-1]:.3g},
+lowest {min(values):.3g}, highest {max(values):.3g}<div class="plot">
+<div class="axis"><span>{high:.3g}</span><span>{low:.3g}</span></div>{line_svg(points)}</div>
+<div class="axis"><span>step {points[0][0]}</span><span>step {points[-1][0]}</span></div></div>"""
 
 
 def report_page(folder):
-    """report.html in a run's folder: a line for each metric of its log."""
+    """report.html in a run's folder: what RL changed, large, then all other metrics of its log."""
     log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    charts = ""
-    for name in dict.fromkeys(name for entry in log for name in entry if name != "step"):
-        points = [(entry["step"], entry[name]) for entry in log if name in entry]
-        charts += (f"<div><b>{escape(name)}</b> {points[0][1]:.3g} to {points[-1][1]:.3g}"
-                   f"{line_svg(points)}</div>")
-    write_page(Path(folder) / "report.html", f"How {folder} learned",
-               f'<div class="grid">{charts}</div>')
+    names = list(dict.fromkeys(name for entry in log for name in entry if name != "step"))
+    held_out = "eval_" if "eval_accuracy" in names else ""
+    large = [held_out + name for name in ("accuracy", "hits", "heard_s", "segments")] + ["reward"]
+    large = [name for name in large if name in names]
+    write_page(Path(folder) / "report.html", f"What {folder} learned", (
+        '<p>eval_: held-out questions, greedy; else: the responses that were trained on. heard_s: '
+        'mean seconds of a heard segment; sound_s: those of the sounds that it should hear.</p>'
+        f'<div class="big">{"".join(chart(name, log) for name in large)}</div><h2>All others</h2>'
+        f'<div class="small">{"".join(chart(name, log) for name in names if name not in large)}'
+        '</div>'))
 
 
 def run():
     settings = parse_settings(Settings, __doc__)
     model = load(settings.model, pick_device())
     model.bf16 = settings.bf16
+    set_limits(model, settings)
     return use(model, settings)
 
 

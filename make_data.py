@@ -13,12 +13,15 @@ what was planted, gives two verdicts and so sorts the rows:
 test.jsonl holds questions on clips of its own.
 """
 # SPDX-License-Identifier: MIT
+import contextlib
 import io
 import json
 import math
 import os
 import re
+import sqlite3
 import struct
+import unicodedata
 import wave
 from collections import Counter, namedtuple
 from dataclasses import dataclass
@@ -29,7 +32,7 @@ import torch
 import torchaudio
 from tqdm import tqdm
 
-from echo import SAMPLE_RATE, EchoError, main, parse_settings, same_answer
+from echo import SAMPLE_RATE, EchoError, find_choice, main, parse_settings
 
 SYNTHETIC = ("hum", "rumble", "buzz", "tone", "chirp", "bell", "whistle", "hiss")
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}  # pulses in a sound: the detail
@@ -38,6 +41,7 @@ QUESTIONS = {"count": "How many pulses has the {}?",
              "count_after": "How many pulses has the sound right after the {}?",
              "find": "How many pulses has the sound right after the {}?"}  # the fast hum
 SPEEDS = {2: "slow", 3: "slow", 4: "fast", 5: "fast", 6: "fast"}
+MAX_CLIP_S = 3600  # a longer file is refused before its samples are decoded
 CELL_S = 0.5  # of the thumbnail: it says in which cells a sound is, not how many pulses it has
 
 
@@ -48,6 +52,7 @@ class Settings:
     test_clips: int = 200
     clip_s: float = 6.0       # length of a clip, in whole cells of half a second
     seed: int = 0             # same seed, same bytes
+    loose: float = 0.6        # share of the annotations that end half a second too early
     sounds: str = ""          # a folder with a folder of WAV files for each kind, five or more
 
 
@@ -74,8 +79,9 @@ def steady(path):
     """A recording without its pauses and at one loudness over 50 ms, so that its own rise and fall
     is not taken for pulses."""
     recording, n = load_audio(path).numpy(), SAMPLE_RATE // 20
-    if np.abs(recording).max() < 1e-4:
-        raise EchoError(f"{path}: silent")
+    recording = recording - recording.mean()
+    if np.abs(recording).max() < 1e-3:
+        raise EchoError(f"{path}: silent, its samples stay within a thousandth of full scale")
     recording = np.resize(recording, max(len(recording), SAMPLE_RATE))  # a short one, repeated
     loudness = np.sqrt(np.convolve(recording ** 2, np.ones(n) / n, mode="same") + 1e-12)
     audible = loudness > 0.03 * loudness.max()
@@ -83,11 +89,15 @@ def steady(path):
 
 
 def read_sounds(folder):
-    """Recordings by kind, {kind: [(N,), ...]}."""
-    sounds = {}
-    for path in tqdm(sorted(p for p in Path(folder).glob("[!.]*") if p.is_dir()), "recordings"):
-        kind = re.sub("[^a-z0-9]+", "-", path.name.lower()).strip("-")
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() == ".wav")
+    """Recordings by kind, {kind: [(N,), ...]}. A kind's name is its folder's, in any script. What
+    a system put there (._x, @eaDir, __MACOSX) is left out."""
+    sounds, hidden = {}, (".", "@", "__")
+    paths = [p for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith(hidden)]
+    for path in tqdm(sorted(paths), "recordings"):
+        name = unicodedata.normalize("NFC", path.name).lower()
+        kind = re.sub(r"[\W_]+", "-", name).strip("-")
+        files = sorted(p for p in path.iterdir()
+                       if p.suffix.lower() == ".wav" and not p.name.startswith(hidden))
         if kind in sounds or not kind or not files:
             raise EchoError(f"{path}: {len(files)} WAV files for kind {kind!r}; needed: at least "
                             "one, and a name that no other folder has")
@@ -124,19 +134,29 @@ def room(t, rng):
 
 
 def arrange(rng, kinds, clip_s):
-    """The sounds of a clip, [(kind, start_s, end_s), ...], 0.8 to 1.5 s long, at least 0.1 s apart.
-    One kind comes one to three times, never twice in a row, and each time something follows it."""
+    """The sounds of a clip, [(kind, start_s, end_s), ...], 0.8 to 1.5 s long. One kind comes one to
+    three times, never twice in a row, and each time something follows it. In half of the clips the
+    sounds are few and the gaps between them long, up to 3 s; in all of them some sounds touch."""
     searched, *others = map(str, rng.permutation(kinds))
-    n_searched = int(rng.choice([1, 2, 2, 3, 3]))
-    n_others = max(n_searched, rng.integers(2, 4))  # in 6 s
+    few = rng.random() < 0.65
+    n_searched = int(rng.choice([1, 2, 2] if few else [1, 2, 2, 3, 3]))
+    n_others = max(n_searched, 2 if few else rng.integers(2, 4))  # in 6 s
     n = round(clip_s / 6 * (n_searched + n_others))
     rest = others[2:] * n  # in a long clip some come again
     order = ([searched] * n_searched + others[:2] + rest)[:n]
     while order[-1] == searched or any(a == b for a, b in zip(order, order[1:])):
         order = [order[i] for i in rng.permutation(len(order))]
-    spare_s = rng.dirichlet([1] * (2 * n + 1)) * (clip_s - 0.9 * n)  # shared by 2 n and the end
-    length_s = 0.8 + np.minimum(spare_s[:n], 0.7)
-    end_s = np.cumsum(spare_s[n:-1] + length_s + 0.1) - 0.1
+    if few:
+        length_s = rng.uniform(0.8, 1.1, n)
+        spare_s = clip_s - length_s.sum()  # one gap takes over a second of it
+        gap_s = rng.dirichlet([1] * (n + 1))[:n] * (spare_s - 1)
+        gap_s[rng.integers(1, n)] += rng.uniform(1.0, spare_s - gap_s.sum())
+    else:
+        spare_s = rng.dirichlet([1] * (2 * n + 1)) * (clip_s - 0.8 * n)
+        length_s = 0.8 + np.minimum(spare_s[:n], 0.7)
+        gap_s = spare_s[n:-1]
+    gap_s = np.where(gap_s < 0.1, 0, gap_s)  # some touch
+    end_s = np.cumsum(gap_s + length_s)
     return [(kind, round(float(end - length), 2), round(float(end), 2))
             for kind, length, end in zip(order, length_s, end_s)]
 
@@ -177,9 +197,28 @@ def segment_of(event):
             math.ceil((event["end_s"] - 0.05) / CELL_S) * CELL_S)
 
 
+def annotate(events, loose, rng):
+    """A4 as language models write it: the end of a sound is rough. A share `loose` of the ends, of
+    sounds of two cells or more, comes one cell too early."""
+    for e in events:
+        early = rng.random() < loose and segment_of(e)[1] - segment_of(e)[0] > CELL_S
+        e["annotated_end_s"] = segment_of(e)[1] - CELL_S * early
+
+
+def exact(events):
+    """The same events without annotations: their tags are exact."""
+    return [{k: v for k, v in e.items() if k != "annotated_end_s"} for e in events]
+
+
+def tag_of(event):
+    """What a chain's tag says of a sound: its place as it is annotated."""
+    start_s, end_s = segment_of(event)
+    return start_s, event.get("annotated_end_s", end_s)
+
+
 def point_to(event, lead="Right after it"):
     """A sentence that points to a sound, and says what is heard there."""
-    start_s, end_s = segment_of(event)
+    start_s, end_s = tag_of(event)
     return (f"{lead} <seg>{start_s:.1f}, {end_s:.1f}</seg> the {event['kind']} has "
             f"{NUMBERS[event['pulses']]} pulses and is {SPEEDS[event['pulses']]}.")
 
@@ -214,15 +253,16 @@ def questions_about(events):
             cot = f"<think>{' '.join(steps)}</think><answer>{answer}</answer>"
             rows.append({"question": form.format(name), "answer": answer, "cot": cot,
                          "category": category, "name": name, "candidates": len(alike),
-                         "listen_to": looks})
+                         "gap_s": target["start_s"] - event["end_s"], "listen_to": looks})
     return rows
 
 
 def pick(category, events, rng):
-    """A question of a category; to find, among as many sounds as there are."""
+    """A question of a category: to find, among as many sounds as there are; and over a gap of more
+    than a second, if there is one."""
     rows = [row for row in questions_about(events) if row["category"] == category]
-    most = max(row["candidates"] for row in rows)
-    return rng.choice([row for row in rows if row["candidates"] == most])
+    hardest = max((row["candidates"], row["gap_s"] > 1) for row in rows)
+    return rng.choice([row for row in rows if (row["candidates"], row["gap_s"] > 1) == hardest])
 
 
 def write_row(category, events, rng, kinds=SYNTHETIC):
@@ -235,42 +275,58 @@ def write_row(category, events, rng, kinds=SYNTHETIC):
             **{k: true[k] for k in ("answer", "cot", "listen_to", "category")}}
 
 
-# Faults to plant: where each stands in a row's JSON
-QA_FAULTS = {"wrong_answer": r'"answer": "(.+?)"', "absent_sound": r'(\S+)\?", "multi',
-             "lost_choice": r'"multi_choice": .*"(.+?)".*\], "answer": "\1"'}
-COT_FAULTS = {"shift_segment": r"<seg>(\d.\d)", "no_segment": r"(<seg>\S+ \S+ )",
-              "miscount": r"</seg> the \S+ has (\w+)", "misname": r"</seg> the (\S+)",
-              "contradict": r"<answer>(.+)</answer>", "skip_one": r"(I look for .+?\. )I",
-              "stop_early": r"( I look for the next [^>]+>[^>]+> [^.]+\.) Right"}
 QA_FAULT_SHARE = 0.06   # of the rows
 COT_FAULT_SHARE = 0.11  # of the looks: the paper's RL and SFT sets are as 22 to 76
 
 
+def faulty(row, kinds, rng):
+    """A row with each fault that it can have: {fault: row}, those of the question, of the chain."""
+    question, choices, answer, cot = (row[k] for k in ("question", "multi_choice", "answer", "cot"))
+    first, absent = row["listen_to"][0], max(kinds) + "s"  # no kind: it would be the last
+    other = rng.choice([choice for choice in choices if choice != answer])
+    start_s, end_s = tag_of(first)
+    tag, said = f"<seg>{start_s:.1f}", f"the {first['kind']} has {NUMBERS[first['pulses']]}"
+    number = rng.choice([word for n, word in NUMBERS.items() if n != first["pulses"]])
+    kind = rng.choice([kind for kind in kinds if kind != first["kind"]])
+    qa = {"wrong_answer": {"answer": other},
+          "lost_choice": {"multi_choice": [absent if c == answer else c for c in choices]},
+          "absent_sound": {"question": question.replace(f"{first['kind']}?", f"{absent}?")}}
+    chains = {"shift_segment": cot.replace(tag, f"<seg>{abs(start_s - 0.5):.1f}", 1),
+              "no_segment": cot.replace(f"{tag}, {end_s:.1f}</seg> ", "", 1),
+              "miscount": cot.replace(said, f"the {first['kind']} has {number}", 1),
+              "misname": cot.replace(said, said.replace(first["kind"], kind), 1),
+              "contradict": cot.replace(f"<answer>{answer}", f"<answer>{other}"),
+              "skip_one": re.sub("<think>.*?[.] ", "<think>", cot, count=1)}
+    return ({name: row | {k: v if k == "multi_choice" else str(v) for k, v in change.items()}
+             for name, change in qa.items()},
+            {name: row | {"cot": chain} for name, chain in chains.items() if chain != cot})
+
+
 def plant(row, kinds, rng):
-    """Break a known share of the rows: in a row's JSON something else stands where a fault's
-    pattern matches. Returns the row, and the fault's name."""
-    text, draw, faults = json.dumps(row), rng.random(), {}
+    """Break a known share of the rows. Returns the row, and the fault's name."""
+    draw, (qa, chains) = rng.random(), faulty(row, kinds, rng)
+    rows = {"intact": row}
     if draw < QA_FAULT_SHARE:
-        faults = QA_FAULTS
+        rows = qa
     elif draw < QA_FAULT_SHARE + COT_FAULT_SHARE * len(row["listen_to"]):
-        faults = COT_FAULTS
-    possible = [fault for fault in faults if re.search(faults[fault], text)]
-    if not possible:
-        return row, "intact"
-    fault = str(rng.choice(possible))
-    pool = {"wrong_answer": row["multi_choice"], "contradict": row["multi_choice"],
-            "absent_sound": ["siren"], "lost_choice": ["siren"],
-            "shift_segment": [f"{t / 2:.1f}" for t in range(12)], "miscount": NUMBERS.values(),
-            "misname": kinds}.get(fault, [""])
-    said = re.search(faults[fault], text)
-    new = rng.choice([x for x in pool if x != said[1]])
-    return json.loads(text[:said.start(1)] + str(new) + text[said.end(1):]), fault
+        rows = chains
+    fault = str(rng.choice(list(rows)))
+    return rows[fault], fault
+
+
+END = re.compile(r", (\d+\.\d)</seg>")
+
+
+def grounded(cot, truth):
+    """Is this the true chain, but for ends that are a cell too early at most?"""
+    early_s = [float(t) - float(s) for s, t in zip(END.findall(cot), END.findall(truth))]
+    return END.sub("", cot) == END.sub("", truth) and all(0 <= s <= CELL_S for s in early_s)
 
 
 def judge(row, events):
     """[QA valid] and [CoT valid]: which set a row belongs to, and what is wrong with it. The truth
     is rebuilt from the events: every question that the clip can answer, with answer and chain."""
-    asked = {true["question"]: true for true in questions_about(events)}
+    asked = {true["question"]: true for true in questions_about(exact(events))}
     truth = asked.get(row["question"])
     if not truth:
         return "discarded", "the question has no known form, or no answer in this clip"
@@ -278,7 +334,7 @@ def judge(row, events):
         return "discarded", f"not four different choices with the truth, {truth['answer']}"
     if row["answer"] != truth["answer"]:
         return "discarded", f"the answer is {row['answer']}, the truth {truth['answer']}"
-    if row["cot"] != truth["cot"]:
+    if not grounded(row["cot"], truth["cot"]):
         return "rl", "the chain is not the true one"
     return "sft", ""
 
@@ -287,6 +343,7 @@ def make_clip(settings, split, i, recordings, kinds):
     """Write the WAV file of a clip; its A1 to A5, a row of each category, and its generator."""
     rng = np.random.default_rng([settings.seed, split == "test", i])
     samples, events = synthesise(rng, recordings, settings.clip_s)
+    annotate(events, settings.loose, rng)
     name, path = f"{split}-{i:05d}", f"audio/{split}/{i:05d}.wav"
     write_atomically(Path(settings.out) / path, wav_bytes(samples))
     said = ", ".join(f"a {e['kind']}" for e in events)
@@ -300,9 +357,16 @@ def make_clip(settings, split, i, recordings, kinds):
 
 def run():
     settings = parse_settings(Settings, __doc__)
+    with lock(settings.out):
+        make(settings)
+
+
+def make(settings):
     sounds = read_sounds(settings.sounds) if settings.sounds else None
     if settings.clip_s < 6 or settings.clip_s % CELL_S:
         raise EchoError(f"--clip-s {settings.clip_s}: needed: 6 or more, in whole half seconds")
+    for path in Path(settings.out).glob("*.jsonl"):
+        path.unlink()  # no rows of before beside new audio, if this run is killed
     kinds = sorted(sounds or SYNTHETIC)
     clips, test, verdicts = [], [], Counter()
     sets = {"sft": [], "rl": [], "discarded": []}
@@ -331,6 +395,20 @@ def run():
 # ==================================================================================================
 # From here on: reading and writing, the toy's data and your own.
 
+@contextlib.contextmanager
+def lock(folder):
+    """Hold a folder as its only writer. SQLite's lock ends with the process, even a killed one."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    held = sqlite3.connect(Path(folder) / ".lock", timeout=0, isolation_level=None)
+    try:
+        held.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        raise EchoError(f"{folder}: another run is writing there, or it can't be written ({error});"
+                        " wait for it, or give another --out") from None
+    with contextlib.closing(held):
+        yield
+
+
 def write_atomically(path, data):
     """Write text or bytes: whole or not at all."""
     path = Path(path)
@@ -355,29 +433,45 @@ def wav_bytes(samples):
     return data.getvalue()
 
 
-def read_wav(path):
-    """A WAV file, 8 to 32-bit integer or 32-bit float PCM -> (N, channels) float32, rate in Hz."""
+def wav_chunks(path):
+    """The chunks of a WAV file, {name: bytes}, the first of each name."""
     data, chunks, at = Path(path).read_bytes(), {}, 12
     while at + 8 <= len(data) and data[:4] == b"RIFF":
         name, size = struct.unpack("<4sI", data[at:at + 8])
         left = len(data) - at - 8
         if name == b"data" and (size == 0 or size >= 0x7FFF_0000):  # a stream, never closed
-            size = left
+            inner = struct.unpack("<I", data[at + 12:at + 16].ljust(4, b"\0"))[0]
+            ends_with_chunk = size == 0 and inner + inner % 2 + 8 == left  # then it has no samples
+            size = 0 if ends_with_chunk else left
         if name == b"data" and left < size:
             raise EchoError(f"{path}: broken WAV, {left} of {size} bytes of audio are there")
         chunks.setdefault(name, data[at + 8:at + 8 + size])
         at += 8 + size + size % 2
+    return chunks
+
+
+def read_wav(path):
+    """A WAV file, 8 to 32-bit integer or 32-bit float PCM -> (N, channels) float32, rate in Hz."""
+    chunks = wav_chunks(path)
     header, audio = chunks.get(b"fmt ", b"").ljust(26, b"\0"), chunks.get(b"data", b"")
     coding, channels, rate, _, frame, bits = struct.unpack("<HHIIHH", header[:16])
     if coding == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE: the coding follows
         coding = struct.unpack("<H", header[24:26])[0]
-    width = bits // 8
-    known = (coding, bits) in ((1, 8), (1, 16), (1, 24), (1, 32), (3, 32)) and \
-        channels and frame == channels * width and 1000 <= rate <= 768_000 and \
-        rate // math.gcd(rate, SAMPLE_RATE) <= 12_000  # beyond, resampling would take gigabytes
-    if not known:
-        raise EchoError(f"{path}: not a WAV file of 8 to 32-bit PCM, or a broken one; convert it: "
-                        f"ffmpeg -i '{Path(path).name}' '{Path(path).stem}-16k.wav'")
+    width, shared = bits // 8, math.gcd(rate, SAMPLE_RATE)
+    wrong = None
+    if b"fmt " not in chunks:
+        wrong = "not a WAV file"
+    elif (coding, bits) not in ((1, 8), (1, 16), (1, 24), (1, 32), (3, 32)):
+        wrong = f"coding {coding} with {bits} bits, not 8 to 32-bit PCM"
+    elif not channels or frame != channels * width:
+        wrong = f"{channels} channels in frames of {frame} bytes"
+    elif not 1000 <= rate <= 768_000 or rate * SAMPLE_RATE / shared ** 2 > 4e6:
+        wrong = f"{rate} Hz, which can't be resampled in little memory"  # of the filter's size
+    elif len(audio) > MAX_CLIP_S * rate * frame:
+        wrong = f"longer than {MAX_CLIP_S} s"
+    if wrong:
+        raise EchoError(f'{path}: {wrong}; convert or cut it: ffmpeg -i "{Path(path).name}" '
+                        f'-ar 16000 "{Path(path).stem}-16k.wav"')
     raw = np.frombuffer(audio[:len(audio) // frame * frame], np.uint8)
     if coding == 3:
         return raw.view("<f4").reshape(-1, channels), rate
@@ -389,11 +483,17 @@ def read_wav(path):
 
 def load_audio(path):
     """A WAV file as a mono waveform, (N,) float32 at 16 kHz."""
-    samples, rate = read_wav(path)
-    if not samples.size or not np.abs(samples).max() <= 1e4:
-        raise EchoError(f"{path}: empty, or samples that are NaN or beyond 10,000; export it again")
-    mono = torch.from_numpy(samples.mean(1, dtype=np.float32))
-    return torchaudio.functional.resample(mono, rate, SAMPLE_RATE)
+    try:
+        samples, rate = read_wav(path)
+    except ValueError as error:  # a NUL in its name
+        raise EchoError(f"{str(path)!r}: {error}") from None
+    if not samples.size or not np.abs(samples).max() <= 16:
+        raise EchoError(f"{path}: empty, or float samples that are NaN or far beyond -1 to 1; "
+                        "export it again")
+    mono = samples.mean(1, dtype=np.float32)
+    if np.square(mono).mean() < 1e-4 * np.square(samples).mean():
+        raise EchoError(f"{path}: its channels cancel each other out; export one of them")
+    return torchaudio.functional.resample(torch.from_numpy(mono), rate, SAMPLE_RATE)
 
 
 def read_rows(path, needs=()):
@@ -418,30 +518,46 @@ def read_rows(path, needs=()):
     return rows
 
 
-Question = namedtuple("Question", "row path question choices answer category")
+Question = namedtuple("Question", "row path question choices answer category listen_to")
+
+
+def as_text(value):
+    """A choice or an answer as text: JSON's numbers and booleans as JSON writes them."""
+    return json.dumps(value) if isinstance(value, (bool, int, float)) else value
+
+
+def sounds_of(row):
+    """The toy's `listen_to`, the sounds that the true chain listens to; () in any other row."""
+    events = row.get("listen_to")
+    good = isinstance(events, list) and all(
+        isinstance(e, dict) and isinstance(e.get("start_s"), float)
+        and isinstance(e.get("end_s"), float) and e["start_s"] < e["end_s"] for e in events)
+    return events if good else ()
 
 
 def read_questions(path, audio_root="", needs=("answer",)):
     """Questions of a data file, its rows native, MMAR's (choices) or MMAU's (audio_id, choices).
     Audio paths are relative to `audio_root`, or the file's folder. needs: what a row must have
     beside question and choices, for training; else an answer that is no choice becomes None."""
-    questions = []
-    for number, row in enumerate(read_rows(path, ("question", *needs)), 1):
+    questions, texts = [], [key for key in needs if key != "answer"]
+    for number, row in enumerate(read_rows(path, ("question", *texts)), 1):
+        where = f"{path}, row {number}"
         audio = row.get("audio_path") or row.get("audio_id")
         choices = row.get("multi_choice") or row.get("choices")
-        if not isinstance(audio, str) or not isinstance(choices, list):
-            raise EchoError(f"{path}, row {number}: needed: 'audio_path' (or 'audio_id'), and "
-                            "'multi_choice' (or 'choices'), a list of texts")
-        choices = list(map(str, choices))
-        answer = next((c for c in choices if same_answer(c, str(row.get("answer") or ""))), None)
+        choices = [*map(as_text, choices)] if isinstance(choices, list) else [None]
+        if not isinstance(audio, str) or not all(isinstance(c, str) for c in choices):
+            raise EchoError(f"{where}: needed: 'audio_path' (or 'audio_id'), and 'multi_choice' (or"
+                            " 'choices'), a list of texts or numbers")
+        said = as_text(row.get("answer"))
+        answer = find_choice(said, choices) if isinstance(said, str) else None
         if needs and not answer:
-            raise EchoError(f"{path}, row {number}: the answer {row['answer']!r} is not among the "
-                            "choices")
+            raise EchoError(f"{where}: the answer {row.get('answer')!r} is not one of the choices")
         clip = Path(audio_root or Path(path).parent) / audio
-        if needs and not clip.is_file():
-            raise EchoError(f"{path}, row {number}: no such file: {clip}")
+        if needs and ("\0" in audio or not clip.is_file()):
+            raise EchoError(f"{where}: no such file: {str(clip)!r}")
         category = str(row.get("category") or row.get("task") or "all")
-        questions.append(Question(row, clip, row["question"], choices, answer, category))
+        questions.append(Question(row, clip, row["question"], choices, answer, category,
+                                  sounds_of(row)))
     return questions
 
 

@@ -2,29 +2,33 @@
 
     python train_rl.py                                     # interleaved -> runs/rl
     python train_rl.py --listen nothing --out runs/rl-text # the text-only control, same steps
+
+An evaluation's questions are spread over the test file. A killed run goes on.
 """
 # SPDX-License-Identifier: MIT
+import contextlib
 import copy
 import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
-from echo import (GRPO, EchoError, grpo_step, load, main, paper_reward, parse_settings,
-                  pick_device, processes, sum_over_processes)
-from generate import LISTEN, answer, measure, report_page
-from make_data import load_audio, read_questions
-from train_sft import Training, is_finished, linear_schedule
+from echo import (GRPO, EchoError, grpo_step, has_model, load, main, means, paper_reward,
+                  parse_settings, pick_device, processes, sum_over_processes)
+from generate import LISTEN, answer, measure, report_page, set_limits
+from make_data import load_audio, lock, read_questions
+from train_sft import Training, is_finished, linear_schedule, stamp
 
-REWARD = paper_reward  # or a function of your own: (rollout, answer) -> {name: value}
+REWARD = paper_reward  # or a function of your own: (rollout, question) -> {name: number}
 
 
 @dataclass
 class Settings(GRPO):
     model: str = "runs/sft"     # the SFT policy: where training starts, and the reference
     data: str = "data/rl.jsonl"    # rows in the published format, JSON or JSON lines
-    test: str = "data/test.jsonl"  # evaluated on its first 150; none: not at all
+    test: str = "data/test.jsonl"  # evaluated on 150 rows of it; none: not at all
     audio_root: str = ""        # audio paths are relative to it, or to the data file's folder
     out: str = "runs/rl"        # folder for the log, the save and the model
     listen: Literal[tuple(LISTEN)] = "segment"  # or nothing: text reasoning; silence, elsewhere
@@ -32,6 +36,8 @@ class Settings(GRPO):
     questions: int = 16         # prompts a step; the paper: 64
     lr: float = 1e-4            # the paper: 1e-6, for 7 billion parameters
     projector_rate: float = 1.0  # the projector's learning rate, as a factor
+    max_turns: int = 0          # segments heard in a response; 0: as the model has it
+    max_new_tokens: int = 0     # sampled tokens of a response; 0: as the model has it
     bf16: bool = False          # bf16 arithmetic in the decoder
     seed: int = 0               # of the order of questions and of every draw
     eval_every: int = 20        # steps between evaluations, beside the first and the last
@@ -42,16 +48,18 @@ PRETRAINED = dict(steps=16, questions=32, group=6, lr=1e-5, projector_rate=0.2, 
                   bf16=torch.cuda.is_available())
 
 
-def train(policy, settings):
+def train(policy, settings, wanted):
     reference = copy.deepcopy(policy).requires_grad_(False)
     rows = read_questions(settings.data, settings.audio_root)
     test = []
     if settings.test != "none":
-        test = read_questions(settings.test, settings.audio_root)[:150]
-    training = Training(settings.out, policy, settings, {"projector": settings.projector_rate})
+        test = read_questions(settings.test, settings.audio_root)
+        test = test[::max(1, len(test) // 150)]
+    training = Training(settings.out, policy, settings, wanted,
+                        {"projector": settings.projector_rate})
     for step in training.steps(settings.steps, "grpo"):
         if step % settings.eval_every == 0:
-            check(policy, training, test, settings)
+            evaluate(policy, training, test, settings)
         began = time.time()
         questions = [rows[i] for i in training.batch(len(rows), settings.questions)]
         mine = range(settings.questions)[training.rank::training.world]
@@ -63,27 +71,29 @@ def train(policy, settings):
             REWARD)
         training.step += 1
 
-        n = sum_over_processes(len(parts))
-        by_name = {f"reward_{name}": sum_over_processes(sum(part[name] for part in parts)) / n
-                   for name in parts[0]}
+        for q, r in zip(questions, responses[::settings.group]):
+            if not r.logprobs:
+                tqdm.write(f"{settings.data}: {q.row.get('id', q.path)}: {r.ended}, not used")
+        if not sum_over_processes(sum(len(r.logprobs) for r in responses)):
+            raise EchoError(f"{settings.data}: no prompt of step {step + 1} fits the decoder's context")
+        by_name = means({f"reward_{name}": (sum(part[name] for part in parts), len(parts))
+                         for name in parts[0]})
         asked = [q for q in questions for _ in range(settings.group)]
         metrics |= {"reward": sum(by_name.values()), **by_name,
                     **measure(asked, responses), "seconds": time.time() - began}
-        training.log(metrics, show=("reward", "accuracy", "segments", "kl", "seconds"))
-    check(policy, training, test, settings)
+        training.log(metrics, show=("reward", "accuracy", "hits", "segments", "kl", "seconds"))
+    evaluate(policy, training, test, settings)
     training.finish(policy)
 
 
-def check(policy, training, test, settings):
-    """Evaluate on held-out questions, greedy, and draw the report of the log so far."""
+def evaluate(policy, training, test, settings):
+    """Answer held-out questions, greedy, and log how well."""
     if test:
         mine = test[training.rank::training.world]
         responses = answer(policy, mine, LISTEN[settings.listen])
         metrics = measure(mine, responses, {q.category for q in test})
         training.log({f"eval_{name}": value for name, value in metrics.items()},
-                     show=("eval_accuracy", "eval_segments", "eval_truncated"))
-    if training.rank == 0:
-        report_page(settings.out)
+                     show=("eval_accuracy", "eval_hits", "eval_segments", "eval_truncated"))
 
 
 def run():
@@ -92,6 +102,7 @@ def run():
     if policy.config.decoder != "tiny":
         settings = parse_settings(Settings, __doc__, PRETRAINED)
     policy.bf16 = settings.bf16
+    set_limits(policy, settings)
     if settings.temperature <= 0 or settings.group < 2:
         raise EchoError("--temperature must be above 0 and --group at least 2, or the responses of "
                         "a group are all the same")
@@ -99,8 +110,13 @@ def run():
     if settings.questions % multiple:
         raise EchoError(f"--questions {settings.questions}: must be a multiple of --mini-batches x "
                         f"processes, {multiple}")
-    if not is_finished(settings.out):
-        train(policy, settings)
+    folder = f"{settings.model}/model" if has_model(settings.model) else settings.model
+    with lock(settings.out) if processes()[0] == 0 else contextlib.nullcontext():
+        wanted = stamp(settings, {"model": folder, "data": settings.data})
+        if not is_finished(settings.out, wanted):
+            train(policy, settings, wanted)
+            if processes()[0] == 0:
+                report_page(settings.out)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,14 @@ encoder   sound-event detector, then frozen for good, and the projector's start 
 base      decoder and projector learn what is heard where, and to count it          runs/base
 sft       the paper's stage 1: grounded chains, text only                           runs/sft
 
-A stage that has its model/ is skipped (rm -r its folder to train it again); a killed one goes on.
+    python train_sft.py --model DIR --data ROWS --out OUT   # sft alone, from a model of your own
+
+A stage that has its model/ is skipped (delete its folder to train it again); a killed one goes on.
 """
 # SPDX-License-Identifier: MIT
+import contextlib
 import functools
+import hashlib
 import io
 import json
 import math
@@ -25,20 +29,21 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 
-from echo import (SAMPLE_RATE, THUMBNAIL_RATE, TOKENS_PER_SECOND, Config, Echo, EchoError,
-                  SmallEncoder, batches, cut, load, main, optimizer_step, parse_segment,
-                  parse_settings, pick_device, processes, read_decoder, read_whisper, save,
+from echo import (SAMPLE_RATE, THUMBNAIL_RATE, TOKENS_PER_SECOND, Config, Echo, EchoError, batches,
+                  cut, first_line, has_model, load, main, make_encoder, optimizer_step,
+                  parse_segment, parse_settings, pick_device, processes, read_decoder, save,
                   sft_loss, split_segments, sum_over_processes)
-from make_data import (NUMBERS, QUESTIONS, from_edge, load_audio, look_for, pick, point_to,
-                       questions_about, read_questions, read_rows, segment_of, write_atomically,
-                       write_row)
+from make_data import (NUMBERS, QUESTIONS, exact, from_edge, load_audio, lock, look_for, pick,
+                       point_to, questions_about, read_questions, read_rows, segment_of,
+                       write_atomically, write_row)
 
 
 @dataclass
 class Settings:
+    model: str = ""                  # a model's folder: sft starts there, without encoder and base
     data: str = "data/sft.jsonl"     # rows with chains (cot), for sft
     clips: str = "data/clips.jsonl"  # clips with their A4_events, for encoder and base
-    audio_root: str = ""             # audio paths are relative to it, or to the data file's folder
+    audio_root: str = ""             # paths in data are relative to it, or to the file's folder
     out: str = "runs"                # each stage writes a folder in it
     decoder: str = "tiny"            # or a Qwen2 checkpoint: a name or a local folder
     encoder: str = "small"           # or a Whisper checkpoint: a name or a local folder
@@ -78,7 +83,7 @@ def fit(model, training, samples, lr, steps):
     """One of `steps` updates, on the rows of all processes; lr: the highest of them."""
     n_tokens, total = sum_over_processes(sum(sum(s.trained) for s in samples)), 0.0
     alike = sorted(samples, key=lambda sample: len(sample.ids))  # in length: less padding
-    for some in batches(alike, training.settings["micro_batch"]):
+    for some in batches(alike, training.settings.micro_batch):
         loss = sft_loss(model, some, n_tokens)
         loss.backward()
         total += loss.item()
@@ -95,13 +100,56 @@ def linear_schedule(step, steps, warmup=0.05, final=0.0):  # warm-up: the paper'
     return min(1.0, up, final + (1 - final) * (steps - step) / max(1, steps - warmup * steps))
 
 
+def fingerprint(path):
+    """A hash of what a file holds, or all files of a folder: moved or copied, it stays the same."""
+    digest, path = hashlib.sha256(), Path(path)
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.name.encode())
+            with open(file, "rb") as blocks:
+                for block in iter(lambda: blocks.read(2 ** 22), b""):
+                    digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+# Settings that do not change what a training learns, or stand in its stamp as a fingerprint:
+NO_EFFECT = ("out", "model", "data", "clips", "test", "audio_root", "save_every", "eval_every",
+             "micro_batch")
+
+
+def stamp(settings, inputs, later=()):
+    """What a training's result depends on: settings, and its inputs' contents, {name: path}.
+    later: the beginnings of names that only matter to later stages."""
+    kept = {name: value for name, value in asdict(settings).items()
+            if name not in NO_EFFECT and not name.startswith(tuple(later))}
+    return kept | {name: fingerprint(path) for name, path in inputs.items()}
+
+
+def is_finished(folder, wanted):
+    """Does the folder hold the model of this very training, or a save of it, or nothing? Another
+    training's is refused. wanted: a stamp()."""
+    folder = Path(folder)
+    if has_model(folder) or (folder / "training.pt").exists():
+        try:
+            began = json.loads((folder / "settings.json").read_text())
+        except (OSError, ValueError):
+            began = {}
+        other = [name for name in wanted if began.get(name) != wanted[name]]
+        if other:
+            raise EchoError(f"{folder} was begun with another {', '.join(other)}; give the same, "
+                            "or another --out, or delete that folder")
+    if has_model(folder) and processes()[0] == 0:
+        print(f"{folder}: already trained (to train it again, delete that folder)")
+    return has_model(folder)
+
+
 class Training:
     """Optimiser, log and save of one training, which may be killed at any moment and run again.
     All randomness of a training is drawn from (seed, step): step, trained weights and optimiser are
     all there is to save. `rates`: factors on the learning rate of parts of the module."""
 
-    def __init__(self, folder, module, settings, rates={}):
-        self.folder, self.settings, self.step = Path(folder), asdict(settings), 0
+    def __init__(self, folder, module, settings, wanted, rates={}):
+        self.folder, self.settings, self.step = Path(folder), settings, 0
         self.rank, self.world = processes()
         self.trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
         groups = [{"params": [p], "rate": rates.get(k.split(".")[0], 1.0)}
@@ -109,26 +157,25 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.file, log_bytes = self.folder / "training.pt", 0
         if self.file.is_file():
-            began = json.loads((self.folder / "settings.json").read_text())
-            other = [name for name, value in self.settings.items() if began.get(name) != value]
-            if other:
-                raise EchoError(f"{folder} was begun with other values of {', '.join(other)}; give "
-                                f"the same ones or another --out, or rm -r {folder}")
-            saved = torch.load(self.file, map_location="cpu", weights_only=True)
-            module.load_state_dict(saved["trained"], strict=False)
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.step, log_bytes = saved["step"], saved["log_bytes"]
+            try:
+                saved = torch.load(self.file, map_location="cpu", weights_only=True)
+                module.load_state_dict(saved["trained"], strict=False)
+                self.optimizer.load_state_dict(saved["optimizer"])
+                self.step, log_bytes = saved["step"], saved["log_bytes"]
+            except Exception as error:  # torch has many for a broken file
+                raise EchoError(f"{self.file}: broken ({first_line(error)}); delete it to begin "
+                                "again") from None
         if self.rank == 0:
-            write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=2))
-            with open(self.folder / "log.jsonl", "ab") as log:
-                log.truncate(log_bytes)  # what came after the save happens again
+            write_atomically(self.folder / "settings.json", json.dumps(wanted, indent=2))
+            with open(self.folder / "log.jsonl", "ab") as log:  # what came after the save happens
+                log.truncate(min(log_bytes, log.tell()))        # again; it may have been deleted
 
     def steps(self, n, desc):
         """The steps still to do (the loop's body counts self.step), every few of them a save."""
         for step in tqdm(range(self.step, n), desc, initial=self.step, total=n,
                          disable=self.rank > 0):
             yield step
-            if self.step % self.settings["save_every"] == 0:
+            if self.step % self.settings.save_every == 0:
                 self.save()
 
     def save(self):
@@ -150,7 +197,7 @@ class Training:
 
     def batch(self, n, size):
         """This process's share of a step's batch: indices into n rows, each once an epoch."""
-        seed, at = self.settings["seed"], np.arange(self.step * size, (self.step + 1) * size)
+        seed, at = self.settings.seed, np.arange(self.step * size, (self.step + 1) * size)
         order = {e: np.random.default_rng([seed, e]).permutation(n) for e in set(at // n)}
         return [int(order[k // n][k % n]) for k in at][self.rank::self.world]
 
@@ -164,16 +211,10 @@ class Training:
             return
         entry = {"step": self.step} | {k: float(f"{v:.7g}") for k, v in metrics.items()}
         if self.step % every == 0:
-            tqdm.write(f"step {self.step}  " + "  ".join(f"{k} {entry[k]:.3g}" for k in show))
+            tqdm.write(f"step {self.step}  " + "  ".join(
+                f"{k} {entry[k]:.3g}" for k in show if k in entry))
         with open(self.folder / "log.jsonl", "a") as log:
             log.write(json.dumps(entry) + "\n")
-
-
-def is_finished(folder):
-    finished = (Path(folder) / "model").is_dir()
-    if finished and processes()[0] == 0:
-        print(f"{folder}: already trained (rm -r {folder} to train it again)")
-    return finished
 
 
 def features_of(model, keep=4096):
@@ -248,7 +289,7 @@ def tiny_decoder(vocab_size, dim=128, layers=4, heads=4):
 def new_model(settings, described):
     """Encoder and decoder as the flags say; the tiny tokenizer is trained on the data's words."""
     config = Config(settings.encoder, settings.decoder, settings.thumbnail)
-    encoder = SmallEncoder() if settings.encoder == "small" else read_whisper(settings.encoder)
+    encoder = make_encoder(settings.encoder)
     if settings.decoder != "tiny":
         config.max_new_tokens = 512
         return Echo(config, encoder, *read_decoder(settings.decoder))
@@ -263,7 +304,7 @@ def new_model(settings, described):
 
 def read_clips(settings):
     """The described clips, [(path, events in order of time), ...], and their kinds of sound."""
-    root, described = Path(settings.audio_root or Path(settings.clips).parent), []
+    root, described = Path(settings.clips).parent, []
     for number, row in enumerate(read_rows(settings.clips, ("audio_path",)), 1):
         try:
             events = sorted(row["A4_events"], key=lambda e: e["start_s"])
@@ -290,7 +331,7 @@ class Detector(nn.Module):
     def __init__(self, model, kinds):
         super().__init__()
         self.kinds, self.encoder = kinds, model.encoder
-        self.encoder.requires_grad_(model.config.encoder == "small")
+        self.encoder.requires_grad_(not model.encoder.pretrained)
         table = model.decoder.get_input_embeddings().weight.detach()
         self.names, self.numbers = (torch.stack(
             [*(table[model.tokenize(" " + word)].mean(0) for word in words), 0 * table[0]])
@@ -334,7 +375,7 @@ class Detector(nn.Module):
 def train_encoder(detector, training, described, settings):
     """Each step: pieces at the full rate, of one length, each from where a sound's segment begins,
     and thumbnails of clips, all as long as the shortest."""
-    detector.train(settings.encoder == "small")  # nothing drops out, but cuDNN's GRU asks for it
+    detector.train(not detector.encoder.pretrained)  # no dropout, but cuDNN's GRU asks for it
     waves = [load_audio(path) for path, _ in tqdm(described, "reading clips")]
     shortest_s = min(map(len, waves)) / SAMPLE_RATE
     for step in training.steps(settings.encoder_steps, "encoder"):
@@ -382,7 +423,11 @@ def train_base(model, training, settings):
 def whole_clip(model, first_listen, segments, events, rng, kinds):
     """Describe one sound, which may have to be searched, and all that follows it; or all kinds of
     sound, in RANDOM order: in order of time, the next place would be known without its name. Half
-    of the descriptions come with the segments' audio."""
+    of the descriptions are text, with times as annotated; in the other half each sound's short clip
+    follows its tag. Its length is the clip's, so where a sound begins is learned there, not its end.
+    """
+    listen = rng.random() < 0.5
+    events = exact(events) if listen else events
     if rng.random() < 0.7:
         row = pick(str(rng.choice(["find", "count_after"])), events, rng)
         *looks, target = row["listen_to"]
@@ -393,7 +438,9 @@ def whole_clip(model, first_listen, segments, events, rng, kinds):
         ask = ", ".join("the " + kind for kind in named)
         said = sum((look_for([e for e in events if e["kind"] == kind]) for kind in named), [])
     prompt = model.prompt(first_listen, f"Describe {ask}.")
-    return add_grounded(model, prompt, " ".join(said), segments, listen=rng.random() < 0.5)
+    if not listen:
+        return model.add_response(prompt, " ".join(said))
+    return add_short_clips(model, prompt, " ".join(said), segments, learn_start=True)
 
 
 def short_clips(model, first_listen, segments, events, rng, kinds):
@@ -401,58 +448,74 @@ def short_clips(model, first_listen, segments, events, rng, kinds):
     that it points to, at the full rate. Here counting is learned, and when to go on. Where the
     short clips lie is given: it can't be known."""
     category = str(rng.choice(list(QUESTIONS), p=[0.1, 0.4, 0.1, 0.4]))
-    row = write_row(category, events, rng, kinds)
+    row = write_row(category, exact(events), rng, kinds)
     prompt = model.prompt([], row["question"], row["multi_choice"])
-    listen = rng.random() < 0.75  # else: how an answer follows from a chain, whatever the distance
-    return add_grounded(model, prompt, row["cot"], segments, listen, place=False)
+    if rng.random() < 0.25:  # how an answer follows from a chain, whatever the distance
+        segments = None
+    return add_short_clips(model, prompt, row["cot"], segments, learn_start=False)
 
 
-def add_grounded(model, sample, text, segments, listen, place=True):
-    """Append a grounded text to learn; with `listen`, the audio of each segment after its tag, as
-    decoding inserts it. place=False: the times in the tags are given, not to be learned."""
+def add_short_clips(model, sample, text, segments, learn_start):
+    """Append a text to learn, but for the times in its tags; and behind each tag its short clip, as
+    decoding inserts it. segments: {(start_s, end_s): features} of them; None: no audio."""
     pairs, rest = split_segments(text)
     for said, tag in pairs:
+        start, comma, end = tag.removeprefix("<seg>").partition(",")
         sample.add(model.tokenize(said + "<seg>"), trained=True)
-        sample.add(model.tokenize(tag.removeprefix("<seg>")), trained=place)
-        if listen:
+        sample.add(model.tokenize(start), trained=learn_start)
+        sample.add(model.tokenize(comma + end))
+        if segments:
             segment = parse_segment(tag, math.inf)
             sample.add_audio(segments[segment.start_s, segment.end_s])
     return model.add_response(sample, rest)
 
 
 def run_stage(stage, settings, device):
-    """Train one stage, from the model of the one before."""
-    folder = Path(settings.out) / stage
-    if is_finished(folder):
+    """Train one stage, from the model of the one before, or from --model."""
+    out = Path(settings.out)
+    folder = out / stage
+    before = {"base": out / "encoder", "sft": Path(settings.model or out / "base")}.get(stage)
+    inputs = {"data": settings.data} if stage == "sft" else {"clips": settings.clips}
+    if before:
+        inputs["model"] = before / "model" if has_model(before) else before
+    later = {"encoder": ("base_", "sft_", "projector_"), "base": ("sft_",), "sft": ()}[stage]
+    wanted = stamp(settings, inputs, later)
+    if is_finished(folder, wanted):
         return
     if stage == "encoder":
         torch.manual_seed(settings.seed)
         described, kinds = read_clips(settings)
         model = new_model(settings, described).to(device)
         detector = Detector(model, kinds).to(device)
-        training = Training(folder, detector, settings)
+        training = Training(folder, detector, settings, wanted)
         train_encoder(detector, training, described, settings)
         scaled = {k: detector.scale * v for k, v in detector.words.state_dict().items()}
         model.projector.load_state_dict(scaled)  # audio tokens look like words for what they hold
     else:
-        before, train = {"base": ("encoder", train_base), "sft": ("base", train_sft)}[stage]
-        model = load(folder.with_name(before), device)
+        model = load(before, device)
         model.bf16 = settings.bf16
-        training = Training(folder, model, settings, {"projector": settings.projector_rate})
+        training = Training(folder, model, settings, wanted,
+                            {"projector": settings.projector_rate})
+        train = train_base if stage == "base" else train_sft
         train(model, training, settings)
     training.finish(model)
 
 
 def run():
     settings = parse_settings(Settings, __doc__)
-    if settings.decoder != "tiny":
+    if settings.model:
+        pretrained = load(settings.model).config.decoder != "tiny"
+    else:
+        pretrained = settings.decoder != "tiny"
+    if pretrained:
         settings = parse_settings(Settings, __doc__, PRETRAINED)
     device = pick_device(train=True)
     if processes()[1] > min(8, settings.base_batch, settings.sft_batch):
         raise EchoError("more processes than rows of a batch (the encoder's: 8); start fewer")
     read_questions(settings.data, settings.audio_root, ("answer", "cot"))  # a mistake shows at once
-    for stage in ("encoder", "base", "sft"):
-        run_stage(stage, settings, device)
+    with lock(settings.out) if processes()[0] == 0 else contextlib.nullcontext():
+        for stage in ("sft",) if settings.model else ("encoder", "base", "sft"):
+            run_stage(stage, settings, device)
 
 
 if __name__ == "__main__":
