@@ -17,10 +17,10 @@ A response is plain text with tags in it. Stage 1 learns from chains of thought 
 
     <think>the hum <seg>1.0, 2.5</seg> the hum has two pulses.</think><answer>two</answer>
 
-Stage 1, SFT, teaches the model to write such tags. As in the paper it is text only: the clip is in
-the prompt, and no audio follows a tag. So the model learns where to point, not yet how to use what
-it hears there. It starts from a pretrained audio model; the toy's is made in train_sft.py, and has
-heard short clips at the full rate, since SFT shows it coarse first listens only.
+Stage 1, SFT, teaches to write such tags. As in the paper it is text only: the clip is in the prompt
+and no audio follows a tag, so the model learns where to point, not yet how to use what it hears
+there. It starts from a pretrained audio model. The toy's is made in train_sft.py, and has met short
+clips at the full rate; SFT shows it coarse first listens only.
 Stage 2, RL, inserts the audio and rewards the result. Each stage repeats these lines:
 
     prompt = policy.prompt(policy.hear([wave], first_listen=True)[0], question, choices)
@@ -30,8 +30,8 @@ Stage 2, RL, inserts the audio and rewards the result. Each stage repeats these 
     reference = copy.deepcopy(policy).requires_grad_(False)        # the SFT policy, made once
     grpo_step(policy, reference, optimizer, questions, waves, seeds, GRPO())
 
-Settings and schedules are in train_sft.py and train_rl.py, the chains' origin is in make_data.py.
-The method ends after section 6, GRPO.
+Settings are in train_sft.py and train_rl.py; the chains come from make_data.py. The method ends
+after section 6, GRPO.
 """
 # SPDX-License-Identifier: MIT
 import argparse
@@ -544,6 +544,13 @@ class EchoError(Exception):
     """A mistake that the user can mend: what was wrong, where, and what to do, in one line."""
 
 
+def refuse(where, wrong, advice=""):
+    """Raise an error for the first of {what is wrong: does it hold?} that holds."""
+    for what, holds in wrong.items():
+        if holds:
+            raise EchoError(f"{where}: {what}{advice}")
+
+
 def find_choice(said, choices):
     """The one choice that a text means, or None: the one that is the same to the letter; else but
     for case and spaces; else but for quotes around it and punctuation behind it. A comparison that
@@ -687,15 +694,13 @@ def read_decoder(name):
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name)
     except Exception as error:  # each library has its own for a file that is missing or broken
         raise EchoError(f"{name}: no whole decoder there ({first_line(error)})") from None
-    rows = decoder.get_input_embeddings().num_embeddings
-    for wrong, why in (
-            (decoder.config.model_type not in ("qwen2", "qwen3"),
-             f"a {decoder.config.model_type} model; needed: a Qwen2 or Qwen3 checkpoint"),
-            (found["missing_keys"], f"weights are missing: {sorted(found['missing_keys'])[:3]}"),
-            (tokenizer.eos_token_id is None, "its tokenizer has no eos token"),
-            (len(tokenizer) > rows, f"{len(tokenizer)} tokens, but only {rows} embeddings")):
-        if wrong:
-            raise EchoError(f"{name}: {why}")
+    kind, table = decoder.config.model_type, decoder.get_input_embeddings()
+    wrong = {f"a {kind} model; needed: Qwen2 or Qwen3": kind not in ("qwen2", "qwen3"),
+             f"weights are missing: {sorted(found['missing_keys'])[:3]}": found["missing_keys"],
+             "its tokenizer has no eos token": tokenizer.eos_token_id is None,
+             f"more tokens than its {table.num_embeddings} embeddings":
+                 len(tokenizer) > table.num_embeddings}
+    refuse(name, wrong)
     return decoder, tokenizer
 
 
@@ -704,13 +709,13 @@ def make_encoder(name, folder=None):
     a new one, or the pretrained one of that name."""
     if name == "small":
         return SmallEncoder()
-    extractor = transformers.WhisperFeatureExtractor.from_pretrained(folder or name)
-    if folder:  # a model for classification has no decoder
+    if folder:  # a model for classification, since it has no decoder
         settings = transformers.WhisperConfig.from_pretrained(folder)
-        whisper = transformers.WhisperForAudioClassification(settings).encoder
+        whisper = transformers.WhisperForAudioClassification(settings)
     else:
-        whisper = transformers.WhisperModel.from_pretrained(name, dtype=torch.float32).encoder
-    return WhisperEncoder(whisper, extractor)
+        whisper = transformers.WhisperModel.from_pretrained(name, dtype=torch.float32)
+    extractor = transformers.WhisperFeatureExtractor.from_pretrained(folder or name)
+    return WhisperEncoder(whisper.encoder, extractor)
 
 
 def save(model, folder):
@@ -771,14 +776,14 @@ def parse_settings(cls, doc, defaults={}):
         raise EchoError(f"{message} (--help lists the settings)")
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for f in dataclasses.fields(cls):
-        how = {"type": type(f.default)}
-        if typing.get_origin(f.type) is typing.Literal:
-            how = {"choices": typing.get_args(f.type)}
-        elif f.type is bool:
-            how = {"action": argparse.BooleanOptionalAction}
+        how = {"type": f.type, "default": f.default}
+        if f.type is bool:
+            how = {"action": argparse.BooleanOptionalAction, "default": f.default}
         elif f.type == list[str]:
             how = {"nargs": "*", "default": []}
-        parser.add_argument(f"--{f.name.replace('_', '-')}", **{"default": f.default, **how})
+        elif typing.get_args(f.type):  # of a Literal
+            how = {"choices": typing.get_args(f.type), "default": f.default}
+        parser.add_argument(f"--{f.name.replace('_', '-')}", **how)
     classes = [c for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]
     parser.format_help = lambda: "\n".join([doc, *map(inspect.getsource, classes)])
     parser.error = fail
@@ -796,20 +801,16 @@ def parse_settings(cls, doc, defaults={}):
 
 def main(run):
     """Run a script; a user's mistake ends it with one line and exit code 2."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # None: closed
-        setattr(sys, name, stream)
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):  # above: a closed one is None
         if hasattr(stream, "reconfigure"):  # a notebook's can't be
             stream.reconfigure(errors="backslashreplace")  # no letter ends a run
     try:
         sys.exit(run())
-    except (EchoError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (EchoError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # torch has no other class for a CPU's memory that runs out
         print(f"error: {first_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):
-            raise
-        print(f"error: out of memory ({first_line(error)})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -825,7 +826,7 @@ def pick_device(train=False):
     device, number = torch.device("cpu"), int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         if number >= torch.cuda.device_count():
-            raise EchoError(f"{torch.cuda.device_count()} GPUs; start no more processes than that")
+            raise EchoError(f"{torch.cuda.device_count()} GPUs; start as many processes at most")
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     if train and int(os.environ.get("WORLD_SIZE") or 1) > 1:

@@ -32,7 +32,7 @@ import torch
 import torchaudio
 from tqdm import tqdm
 
-from echo import SAMPLE_RATE, EchoError, find_choice, main, parse_settings
+from echo import SAMPLE_RATE, EchoError, find_choice, main, parse_settings, refuse
 
 SYNTHETIC = ("hum", "rumble", "buzz", "tone", "chirp", "bell", "whistle", "hiss")
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}  # pulses in a sound: the detail
@@ -135,11 +135,11 @@ def room(t, rng):
 
 def arrange(rng, kinds, clip_s):
     """The sounds of a clip, [(kind, start_s, end_s), ...], 0.8 to 1.5 s long. One kind comes one to
-    three times, never twice in a row, and each time something follows it. In half of the clips the
-    sounds are few and the gaps between them long, up to 3 s; in all of them some sounds touch."""
+    three times, never twice in a row, and each time something follows it. Two thirds of the clips
+    have few sounds and a gap of over a second; in all of them a seventh of the sounds touch."""
     searched, *others = map(str, rng.permutation(kinds))
     few = rng.random() < 0.65
-    n_searched = int(rng.choice([1, 2, 2] if few else [1, 2, 2, 3, 3]))
+    n_searched = int(rng.choice([1, 2] if few else [1, 2, 2, 3, 3]))
     n_others = max(n_searched, 2 if few else rng.integers(2, 4))  # in 6 s
     n = round(clip_s / 6 * (n_searched + n_others))
     rest = others[2:] * n  # in a long clip some come again
@@ -148,14 +148,15 @@ def arrange(rng, kinds, clip_s):
         order = [order[i] for i in rng.permutation(len(order))]
     if few:
         length_s = rng.uniform(0.8, 1.1, n)
-        spare_s = clip_s - length_s.sum()  # one gap takes over a second of it
-        gap_s = rng.dirichlet([1] * (n + 1))[:n] * (spare_s - 1)
-        gap_s[rng.integers(1, n)] += rng.uniform(1.0, spare_s - gap_s.sum())
+        spare_s = clip_s - length_s.sum() - 1.0
+        gap_s = rng.dirichlet([1] * (n + 1))[:n] * spare_s / 2
     else:
-        spare_s = rng.dirichlet([1] * (2 * n + 1)) * (clip_s - 0.8 * n)
+        spare_s = rng.dirichlet([1] * (2 * n + 1)) * (clip_s - 0.9 * n)
         length_s = 0.8 + np.minimum(spare_s[:n], 0.7)
-        gap_s = spare_s[n:-1]
-    gap_s = np.where(gap_s < 0.1, 0, gap_s)  # some touch
+        gap_s = 0.1 + spare_s[n:-1]
+    gap_s[rng.random(n) < 0.15] = 0.0
+    if few:
+        gap_s[rng.integers(1, n)] = rng.uniform(1.0, clip_s - length_s.sum() - gap_s.sum())
     end_s = np.cumsum(gap_s + length_s)
     return [(kind, round(float(end - length), 2), round(float(end), 2))
             for kind, length, end in zip(order, length_s, end_s)]
@@ -191,10 +192,11 @@ def synthesise(rng, recordings=None, clip_s=6.0):
 
 
 def segment_of(event):
-    """The cells that hold over 0.05 s of a sound, (start_s, end_s): what a thumbnail can know of
-    its place."""
-    return (math.floor((event["start_s"] + 0.05) / CELL_S) * CELL_S,
-            math.ceil((event["end_s"] - 0.05) / CELL_S) * CELL_S)
+    """The cells that hold over 0.03 s of a sound's pulses, (start_s, end_s): what a thumbnail can
+    know of its place."""
+    edge_s = 0.2 * (event["end_s"] - event["start_s"]) / event["pulses"] + 0.03  # see from_edge
+    return (math.floor((event["start_s"] + edge_s) / CELL_S) * CELL_S,
+            math.ceil((event["end_s"] - edge_s) / CELL_S) * CELL_S)
 
 
 def annotate(events, loose, rng):
@@ -281,31 +283,28 @@ COT_FAULT_SHARE = 0.11  # of the looks: the paper's RL and SFT sets are as 22 to
 
 def faulty(row, kinds, rng):
     """A row with each fault that it can have: {fault: row}, those of the question, of the chain."""
-    question, choices, answer, cot = (row[k] for k in ("question", "multi_choice", "answer", "cot"))
-    first, absent = row["listen_to"][0], max(kinds) + "s"  # no kind: it would be the last
-    other = rng.choice([choice for choice in choices if choice != answer])
+    answer, cot, first = row["answer"], row["cot"], row["listen_to"][0]
+    absent = max(kinds) + "s"  # no kind: it would be the last
+    other = str(rng.choice([choice for choice in row["multi_choice"] if choice != answer]))
     start_s, end_s = tag_of(first)
     tag, said = f"<seg>{start_s:.1f}", f"the {first['kind']} has {NUMBERS[first['pulses']]}"
     number = rng.choice([word for n, word in NUMBERS.items() if n != first["pulses"]])
-    kind = rng.choice([kind for kind in kinds if kind != first["kind"]])
-    qa = {"wrong_answer": {"answer": other},
-          "lost_choice": {"multi_choice": [absent if c == answer else c for c in choices]},
-          "absent_sound": {"question": question.replace(f"{first['kind']}?", f"{absent}?")}}
+    choices = [absent if choice == answer else choice for choice in row["multi_choice"]]
+    question = row["question"].replace(f"{first['kind']}?", f"{absent}?")
     chains = {"shift_segment": cot.replace(tag, f"<seg>{abs(start_s - 0.5):.1f}", 1),
               "no_segment": cot.replace(f"{tag}, {end_s:.1f}</seg> ", "", 1),
               "miscount": cot.replace(said, f"the {first['kind']} has {number}", 1),
-              "misname": cot.replace(said, said.replace(first["kind"], kind), 1),
-              "contradict": cot.replace(f"<answer>{answer}", f"<answer>{other}"),
-              "skip_one": re.sub("<think>.*?[.] ", "<think>", cot, count=1)}
-    return ({name: row | {k: v if k == "multi_choice" else str(v) for k, v in change.items()}
-             for name, change in qa.items()},
-            {name: row | {"cot": chain} for name, chain in chains.items() if chain != cot})
+              "misname": cot.replace(said, said.replace(first["kind"], absent), 1),
+              "contradict": cot.replace(f"<answer>{answer}", f"<answer>{other}")}
+    return ({"wrong_answer": row | {"answer": other}, "lost_choice": row | {"multi_choice": choices},
+             "absent_sound": row | {"question": question}},
+            {fault: row | {"cot": chain} for fault, chain in chains.items()})
 
 
 def plant(row, kinds, rng):
     """Break a known share of the rows. Returns the row, and the fault's name."""
-    draw, (qa, chains) = rng.random(), faulty(row, kinds, rng)
-    rows = {"intact": row}
+    qa, chains = faulty(row, kinds, rng)
+    rows, draw = {"intact": row}, rng.random()
     if draw < QA_FAULT_SHARE:
         rows = qa
     elif draw < QA_FAULT_SHARE + COT_FAULT_SHARE * len(row["listen_to"]):
@@ -452,26 +451,21 @@ def wav_chunks(path):
 
 def read_wav(path):
     """A WAV file, 8 to 32-bit integer or 32-bit float PCM -> (N, channels) float32, rate in Hz."""
-    chunks = wav_chunks(path)
+    path, chunks = Path(path), wav_chunks(path)
     header, audio = chunks.get(b"fmt ", b"").ljust(26, b"\0"), chunks.get(b"data", b"")
     coding, channels, rate, _, frame, bits = struct.unpack("<HHIIHH", header[:16])
     if coding == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE: the coding follows
         coding = struct.unpack("<H", header[24:26])[0]
     width, shared = bits // 8, math.gcd(rate, SAMPLE_RATE)
-    wrong = None
-    if b"fmt " not in chunks:
-        wrong = "not a WAV file"
-    elif (coding, bits) not in ((1, 8), (1, 16), (1, 24), (1, 32), (3, 32)):
-        wrong = f"coding {coding} with {bits} bits, not 8 to 32-bit PCM"
-    elif not channels or frame != channels * width:
-        wrong = f"{channels} channels in frames of {frame} bytes"
-    elif not 1000 <= rate <= 768_000 or rate * SAMPLE_RATE / shared ** 2 > 4e6:
-        wrong = f"{rate} Hz, which can't be resampled in little memory"  # of the filter's size
-    elif len(audio) > MAX_CLIP_S * rate * frame:
-        wrong = f"longer than {MAX_CLIP_S} s"
-    if wrong:
-        raise EchoError(f'{path}: {wrong}; convert or cut it: ffmpeg -i "{Path(path).name}" '
-                        f'-ar 16000 "{Path(path).stem}-16k.wav"')
+    known = (coding, bits) in ((1, 8), (1, 16), (1, 24), (1, 32), (3, 32))
+    filter_size = rate * SAMPLE_RATE / max(1, shared) ** 2  # that of the resampling
+    refuse(path, {
+        "not a WAV file": b"fmt " not in chunks,
+        f"coding {coding} with {bits} bits, not 8 to 32-bit PCM": not known,
+        f"{channels} channels in frames of {frame} bytes": not channels or frame != channels * width,
+        f"{rate} Hz can't be resampled": not 1000 <= rate <= 768_000 or filter_size > 4e6,
+        f"longer than {MAX_CLIP_S} s": len(audio) > MAX_CLIP_S * rate * frame,
+    }, f'; convert or cut it: ffmpeg -i "{path.name}" -ar 16000 "{path.stem}-16k.wav"')
     raw = np.frombuffer(audio[:len(audio) // frame * frame], np.uint8)
     if coding == 3:
         return raw.view("<f4").reshape(-1, channels), rate
@@ -487,12 +481,13 @@ def load_audio(path):
         samples, rate = read_wav(path)
     except ValueError as error:  # a NUL in its name
         raise EchoError(f"{str(path)!r}: {error}") from None
-    if not samples.size or not np.abs(samples).max() <= 16:
-        raise EchoError(f"{path}: empty, or float samples that are NaN or far beyond -1 to 1; "
-                        "export it again")
     mono = samples.mean(1, dtype=np.float32)
-    if np.square(mono).mean() < 1e-4 * np.square(samples).mean():
-        raise EchoError(f"{path}: its channels cancel each other out; export one of them")
+    refuse(path, {"empty": not samples.size}, "; export it again")
+    power = np.square(samples, dtype=np.float64).mean()
+    refuse(path, {
+        "float samples that are NaN or far beyond -1 to 1": not np.abs(samples).max() <= 16,
+        "its channels cancel each other out": np.square(mono).mean() < 1e-4 * power,
+    }, "; export it again")
     return torchaudio.functional.resample(torch.from_numpy(mono), rate, SAMPLE_RATE)
 
 
@@ -531,7 +526,8 @@ def sounds_of(row):
     events = row.get("listen_to")
     good = isinstance(events, list) and all(
         isinstance(e, dict) and isinstance(e.get("start_s"), float)
-        and isinstance(e.get("end_s"), float) and e["start_s"] < e["end_s"] for e in events)
+        and isinstance(e.get("end_s"), float) and e["start_s"] < e["end_s"]
+        and e.get("pulses") in tuple(NUMBERS) for e in events)
     return events if good else ()
 
 

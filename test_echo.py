@@ -504,7 +504,7 @@ def test_metrics_by_hand(model):
     rows = [Rollout(Sample(ids=[5, AUDIO, AUDIO]), None, None, logprobs=[0.0] * 10, text=GOOD,
                     ended="eos", segments=[*heard[:3], Segment("x", refused="malformed")]),
             Rollout(Sample(), None, None, logprobs=[0.0] * 20, ended="length", segments=heard[3:])]
-    events = [{"start_s": 0.1, "end_s": 1.9}, {"start_s": 1.2, "end_s": 2.0}]
+    events = [{"start_s": 0.1, "end_s": 1.9, "pulses": 6}, {"start_s": 1.2, "end_s": 2.0, "pulses": 6}]
     questions = [make_data.Question({}, None, "", ["hum"], "hum", category, listen_to)
                  for category, listen_to in (("a", events), ("length", ()))]
     want = {"accuracy": 0.5, "accuracy_a": 1, "accuracy_length": 0, "segments": 2,
@@ -627,7 +627,7 @@ def test_judge_catches_every_planted_fault():
                     assert make_data.judge(bad, events)[0] == verdict, (fault, bad)
                     assert bad["listen_to"] == row["listen_to"]
                     seen.add(fault)
-    assert len(seen) == 2 + 3 + 6
+    assert len(seen) == 2 + 3 + 5
     planted = [make_data.plant(row, list(make_data.SYNTHETIC), rng)[1] for _ in range(500)]
     assert abs(planted.count("intact") / 500 - 0.94 + 0.11 * len(row["listen_to"])) < 0.1
 
@@ -644,7 +644,7 @@ def test_questions_by_hand():
     assert known["How many pulses has the sound right after the fast hum?"] == (
         "two", "<think>I look for the hum <seg>0.0, 1.5</seg> the hum has three pulses and is slow."
         " I look for the next hum <seg>3.5, 4.5</seg> the hum has five pulses and is fast. Right "
-        "after it <seg>4.5, 6.0</seg> the hiss has two pulses and is slow.</think><answer>two"
+        "after it <seg>5.0, 6.0</seg> the hiss has two pulses and is slow.</think><answer>two"
         "</answer>", [events[0], *events[2:]])
 
 
@@ -658,7 +658,8 @@ def test_the_world_has_no_grid_and_is_searched(clip_s):
         assert len(wave) == clip_s * 16_000 and len(events) >= clip_s / 2
         for e, later in zip(events, [*events[1:], {"start_s": clip_s + 0.1, "end_s": clip_s}]):
             assert 0.8 <= round(e["end_s"] - e["start_s"], 2) <= 1.5 and e["end_s"] <= clip_s
-            assert make_data.segment_of(e)[0] <= e["start_s"] + 0.05
+            first, last = make_data.segment_of(e)
+            assert first - 0.5 < e["start_s"] and e["end_s"] < last + 0.5 and last - first >= 1
             gaps.append(round(later["start_s"] - e["end_s"], 2))
             starts.add(e["start_s"])
         row = make_data.write_row("find", events, rng)
@@ -670,13 +671,14 @@ def test_the_world_has_no_grid_and_is_searched(clip_s):
 def test_what_the_detector_learns(model):
     """Two sounds that share a thumbnail's token; pulses count where the whole sound is."""
     hum, bell = ({"kind": k, "start_s": a, "end_s": b, "pulses": n} for k, a, b, n in (
-        ("hum", 0.62, 2.1, 2), ("bell", 2.2, 3.0, 3)))
+        ("hum", 0.62, 2.2, 2), ("bell", 2.2, 3.0, 3)))
     detector = train_sft.Detector(model, ["bell", "hum"])
-    kind, count = detector.labels([hum, bell], 0.0, 8, 2).tolist()
-    assert kind == [-1, 1, -2, -2, 0, -3, -1, -1] and count == [-1] * 8
+    kind, detail = detector.labels([hum, bell], 0.0, 8, 2).tolist()
+    end = len(detector.COUNTS)
+    assert kind == [-1, 1, 2, 2, 0, -1, -1, -1] and detail == [-1] * 4 + [end, end, -1, -1]
     kind, count = detector.labels([hum, bell], 0.5, 50, 25).tolist()  # all of the hum, not the bell
     in_order = [detector.COUNTS[c] for c, _ in itertools.groupby(c for c in count if c >= 0)]
-    assert in_order == [(2, 0), (2, 1)] and 35 < sum(c >= 0 for c in count) < 39
+    assert in_order == [(2, 0), (2, 1)] and 38 < sum(c >= 0 for c in count) < 41
     assert [k for k, _ in itertools.groupby(kind)][:6] == [-1, 1, -1, 1, -1, 0]
 
 
@@ -740,12 +742,14 @@ def test_broken_rows_are_one_line(tmp_path, content, says):
 
 
 def test_features_belong_to_their_segment(model, tmp_path):
-    path, times = tmp_path / "a.wav", ((0.2, 0.6), (0.1, 0.4), (0.0, 0.4))
+    path, times = tmp_path / "a.wav", ((0.0, 0.5), (0.5, 1.0), (0.0, 1.0))
     path.write_bytes(wav_bytes(noise(1.0)))
     heard, wave = train_sft.features_of(model), load_audio(path)
     _, (first, segments) = heard(path, times), heard(path, times)
     assert torch.equal(first, model.hear([wave], True)[0]) and len(segments) == 3
-    assert all((segments[t] - model.hear([cut(wave, *t)])[0]).abs().max() < 1e-5 for t in times)
+    for start_s, end_s in times:
+        gap = segments[f"<seg>{start_s}, {end_s}</seg>"] - model.hear([cut(wave, start_s, end_s)])[0]
+        assert gap.abs().max() < 1e-5
     assert "ends before its event at 5 s" in error_of(heard, path, ((5, 6),))
 
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from echo import (SAMPLE_RATE, THUMBNAIL_RATE, TOKENS_PER_SECOND, Config, Echo, EchoError, batches,
                   cut, first_line, has_model, load, main, make_encoder, optimizer_step,
-                  parse_segment, parse_settings, pick_device, processes, read_decoder, save,
+                  parse_settings, pick_device, processes, read_decoder, save,
                   sft_loss, split_segments, sum_over_processes)
 from make_data import (NUMBERS, QUESTIONS, exact, from_edge, load_audio, lock, look_for, pick,
                        point_to, questions_about, read_questions, read_rows, segment_of,
@@ -76,10 +76,10 @@ def train_sft(model, training, settings):
             first_listen, _ = heard(rows[i].path)
             prompt = model.prompt(first_listen, rows[i].question, rows[i].choices)
             samples.append(model.add_response(prompt, rows[i].row["cot"]))
-        fit(model, training, samples, settings.sft_lr, settings.sft_steps)
+        update(model, training, samples, settings.sft_lr, settings.sft_steps)
 
 
-def fit(model, training, samples, lr, steps):
+def update(model, training, samples, lr, steps):
     """One of `steps` updates, on the rows of all processes; lr: the highest of them."""
     n_tokens, total = sum_over_processes(sum(sum(s.trained) for s in samples)), 0.0
     alike = sorted(samples, key=lambda sample: len(sample.ids))  # in length: less padding
@@ -105,35 +105,31 @@ def fingerprint(path):
     digest, path = hashlib.sha256(), Path(path)
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
-            digest.update(file.name.encode())
-            with open(file, "rb") as blocks:
-                for block in iter(lambda: blocks.read(2 ** 22), b""):
-                    digest.update(block)
+            digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
-# Settings that do not change what a training learns, or stand in its stamp as a fingerprint:
+# Settings that do not change what a training learns; inputs count by their fingerprint:
 NO_EFFECT = ("out", "model", "data", "clips", "test", "audio_root", "save_every", "eval_every",
              "micro_batch")
 
 
 def stamp(settings, inputs, later=()):
-    """What a training's result depends on: settings, and its inputs' contents, {name: path}.
-    later: the beginnings of names that only matter to later stages."""
+    """What a training's result depends on: settings, and {name: path} of its inputs. later: how
+    names begin that only matter to later stages."""
     kept = {name: value for name, value in asdict(settings).items()
             if name not in NO_EFFECT and not name.startswith(tuple(later))}
     return kept | {name: fingerprint(path) for name, path in inputs.items()}
 
 
 def is_finished(folder, wanted):
-    """Does the folder hold the model of this very training, or a save of it, or nothing? Another
-    training's is refused. wanted: a stamp()."""
+    """Does the folder hold the trained model? Another training's folder is refused. wanted: the
+    stamp() of this one."""
     folder = Path(folder)
+    began = {}
     if has_model(folder) or (folder / "training.pt").exists():
-        try:
+        with contextlib.suppress(OSError, ValueError):  # lost or broken: nothing is known of it
             began = json.loads((folder / "settings.json").read_text())
-        except (OSError, ValueError):
-            began = {}
         other = [name for name in wanted if began.get(name) != wanted[name]]
         if other:
             raise EchoError(f"{folder} was begun with another {', '.join(other)}; give the same, "
@@ -219,7 +215,7 @@ class Training:
 
 def features_of(model, keep=4096):
     """A function that remembers: path of a clip, (start_s, end_s) of segments -> features of the
-    clip's first listen, and {(start_s, end_s): features at the full rate}; `keep`: clips kept."""
+    clip's first listen, and {tag: features at the full rate}; `keep`: clips kept."""
     @functools.lru_cache(keep)
     def heard(path, segments=()):
         wave = load_audio(path)
@@ -227,7 +223,8 @@ def features_of(model, keep=4096):
         for (start_s, _), piece in zip(segments, pieces):
             if not len(piece):
                 raise EchoError(f"{path}: the clip ends before its event at {start_s} s")
-        return model.hear([wave], first_listen=True)[0], dict(zip(segments, model.hear(pieces)))
+        tags = [f"<seg>{start_s:.1f}, {end_s:.1f}</seg>" for start_s, end_s in segments]
+        return model.hear([wave], first_listen=True)[0], dict(zip(tags, model.hear(pieces)))
     return heard
 
 
@@ -333,26 +330,25 @@ class Detector(nn.Module):
         self.kinds, self.encoder = kinds, model.encoder
         self.encoder.requires_grad_(not model.encoder.pretrained)
         table = model.decoder.get_input_embeddings().weight.detach()
-        self.names, self.numbers = (torch.stack(
+        self.names, self.details = (torch.stack(
             [*(table[model.tokenize(" " + word)].mean(0) for word in words), 0 * table[0]])
-            for words in ([*kinds, "end", "and"], [NUMBERS[n] for n, _ in self.COUNTS]))
+            for words in ([*kinds, "and"], [*(NUMBERS[n] for n, _ in self.COUNTS), "end"]))
         self.scale = self.names[0].square().mean().sqrt()
         self.words = nn.Linear(model.encoder.dim, table.shape[1])
         self.counts = nn.Linear(model.encoder.dim, len(self.COUNTS))
 
     def labels(self, events, start_s, n, rate):
-        """What n tokens from `start_s` on hold, as indices: kind, -3 for "end", -2 for "and", -1
-        for silence; and which of COUNTS, or -1: (2, n). At the full rate a pulse has a kind, a gap
-        is silent, and pulses count if the whole sound is there. A thumbnail's token has the kind of
-        the sound that begins in it, else "end" if one ends in it, else "and" if one goes on: so
-        that the end of each is known, even where the next one begins in the same token."""
-        kind, count = torch.full((2, n), -1)
+        """What n tokens from `start_s` on hold, as indices into names and details, -1 for nothing:
+        (2, n). At the full rate a pulse has its kind's name, a gap has none, and which of COUNTS
+        it is, if the whole sound is there. A thumbnail's token has the name of the sound that
+        begins in it, or "and" if one goes on; its detail is "end" if one ends in it."""
+        kind, detail = torch.full((2, n), -1)
         for e in events:
             first, after = (round((t_s - start_s) * rate) for t_s in segment_of(e))
             if rate == THUMBNAIL_RATE:
-                kind[first:after] = -2
-                kind[after - 1:after] = -3
+                kind[first + 1:after - 1] = len(self.kinds)
                 kind[first:first + 1] = self.kinds.index(e["kind"])
+                detail[after - 1:after] = len(self.COUNTS)
             elif first <= n and after >= 0:  # it may reach into this piece
                 time = start_s + (torch.arange(n) + 0.5) / rate  # the middle of each token
                 share = (time - e["start_s"]) / (e["end_s"] - e["start_s"])
@@ -360,27 +356,53 @@ class Detector(nn.Module):
                 kind[inside & (from_edge(e["pulses"], share) > 0)] = self.kinds.index(e["kind"])
                 if first >= 0 and after <= n:
                     nth = (share * e["pulses"]).long()
-                    count[inside] = self.COUNTS.index((e["pulses"], 0)) + nth[inside]
-        return torch.stack([kind, count])
+                    detail[inside] = self.COUNTS.index((e["pulses"], 0)) + nth[inside]
+        return torch.stack([kind, detail])
 
     def forward(self, waves, labels, thumbnail):
         """Waveforms (B, N), labels (B, 2, n) -> mean loss of a token."""
-        x, (kind, count) = self.encoder(waves, thumbnail), labels.unbind(1)
-        target = (self.names[kind] + self.numbers[count]) / self.scale
-        counted = F.cross_entropy(self.counts(x).flatten(0, 1), count.flatten(), reduction="sum",
-                                  ignore_index=-1) / count.numel()
-        return F.mse_loss(self.words(x), target) + 3 * counted
+        x, (kind, detail) = self.encoder(waves, thumbnail), labels.unbind(1)
+        target = (self.names[kind] + self.details[detail]) / self.scale
+        loss = F.mse_loss(self.words(x), target)
+        if not thumbnail:
+            counted = F.cross_entropy(self.counts(x).flatten(0, 1), detail.flatten(),
+                                      reduction="sum", ignore_index=-1)
+            loss = loss + 3 * counted / detail.numel()
+        return loss
+
+    @torch.no_grad()
+    def grade(self, clips, thumbnail):
+        """Share of the sounds whose kind is right in the first listen, and whose count is right at
+        the full rate. clips: [(wave, events), ...]."""
+        right, of_n = {"kinds_right": [], "counts_right": []}, [n for n, _ in self.COUNTS]
+        for wave, events in clips:
+            wave = wave[None].to(self.names.device)
+            first = self.words(self.encoder(wave, thumbnail))[0]
+            rate = THUMBNAIL_RATE if thumbnail else TOKENS_PER_SECOND
+            for e in events:
+                start_s, end_s = segment_of(e)
+                pulse_s = e["start_s"] + (e["end_s"] - e["start_s"]) / e["pulses"] / 2
+                at = int((start_s if thumbnail else pulse_s) * rate)  # the first pulse's middle
+                far = (first[at] - self.names[:len(self.kinds)] / self.scale).square().sum(1)
+                right["kinds_right"].append(self.kinds[far.argmin()] == e["kind"])
+                x = self.encoder(cut(wave[0], start_s, end_s)[None], False)[0]
+                detail = self.labels([e], start_s, len(x), TOKENS_PER_SECOND)[1]
+                p = self.counts(x)[detail >= 0].softmax(1).sum(0).tolist()
+                said = max(NUMBERS, key=lambda n: sum(q for q, m in zip(p, of_n) if m == n))
+                right["counts_right"].append(said == e["pulses"])
+        return {name: sum(x) / len(x) for name, x in right.items() if x}
 
 
 def train_encoder(detector, training, described, settings):
     """Each step: pieces at the full rate, of one length, each from where a sound's segment begins,
-    and thumbnails of clips, all as long as the shortest."""
+    and thumbnails of clips, all as long as the shortest. Some clips are kept for grade()."""
     detector.train(not detector.encoder.pretrained)  # no dropout, but cuDNN's GRU asks for it
     waves = [load_audio(path) for path, _ in tqdm(described, "reading clips")]
     shortest_s = min(map(len, waves)) / SAMPLE_RATE
+    kept = min(50, len(waves) // 20)
     for step in training.steps(settings.encoder_steps, "encoder"):
         rng, metrics = np.random.default_rng([settings.seed, step]), {}
-        start_s, end_s = segment_of(rng.choice(described[rng.integers(len(waves))][1]))
+        start_s, end_s = segment_of(rng.choice(described[rng.integers(kept, len(waves))][1]))
         parts = {"segment_loss": (TOKENS_PER_SECOND, end_s - start_s, 24)}
         if settings.thumbnail:
             parts["first_loss"] = THUMBNAIL_RATE, shortest_s, 8
@@ -389,7 +411,7 @@ def train_encoder(detector, training, described, settings):
             mine = range(batch)[training.rank::training.world]
             for k in mine:
                 rng = np.random.default_rng([settings.seed, step, k])
-                i, start_s = rng.integers(len(waves)), 0.0
+                i, start_s = rng.integers(kept, len(waves)), 0.0
                 if rate == TOKENS_PER_SECOND:
                     start_s = segment_of(rng.choice(described[i][1]))[0]
                 piece = cut(waves[i], start_s, start_s + length_s)
@@ -403,10 +425,18 @@ def train_encoder(detector, training, described, settings):
         optimizer_step(training.optimizer)
         training.step += 1
         training.log(metrics, show=parts, every=25)
+    grades = detector.grade([(w, e) for w, (_, e) in zip(waves[:kept], described)],
+                            settings.thumbnail)
+    training.log(grades, show=grades)
+    if training.rank == 0 and kept and min(grades.values()) < 0.9:
+        print("These sounds are hard to tell apart, and what the encoder misses no later stage can "
+              f"learn: delete {training.folder} and try --encoder-steps "
+              f"{3 * settings.encoder_steps}")
 
 
 def train_base(model, training, settings):
-    """Half of the samples describe a whole clip, half answer a question about short clips."""
+    """Half of the samples describe a whole clip, half answer a question about short clips. So no
+    question about a whole clip is answered, and no answer points to a segment."""
     heard, (described, kinds) = features_of(model), read_clips(settings)
     mine = range(settings.base_batch)[training.rank::training.world]
     for step in training.steps(settings.base_steps, "base"):
@@ -416,18 +446,14 @@ def train_base(model, training, settings):
             features = heard(path, tuple(segment_of(e) for e in events))
             rng = np.random.default_rng([settings.seed, step, k])
             sample = short_clips if rng.random() < 0.5 else whole_clip
-            samples.append(sample(model, *features, events, rng, kinds))
-        fit(model, training, samples, settings.base_lr, settings.base_steps)
+            samples.append(sample(model, *features, exact(events), rng, kinds))
+        update(model, training, samples, settings.base_lr, settings.base_steps)
 
 
 def whole_clip(model, first_listen, segments, events, rng, kinds):
     """Describe one sound, which may have to be searched, and all that follows it; or all kinds of
-    sound, in RANDOM order: in order of time, the next place would be known without its name. Half
-    of the descriptions are text, with times as annotated; in the other half each sound's short clip
-    follows its tag. Its length is the clip's, so where a sound begins is learned there, not its end.
-    """
-    listen = rng.random() < 0.5
-    events = exact(events) if listen else events
+    sound, in RANDOM order: in order of time, the next place would be known without its name. In
+    half of the descriptions each sound's short clip follows its place."""
     if rng.random() < 0.7:
         row = pick(str(rng.choice(["find", "count_after"])), events, rng)
         *looks, target = row["listen_to"]
@@ -437,36 +463,27 @@ def whole_clip(model, first_listen, segments, events, rng, kinds):
         named = rng.permutation(sorted({e["kind"] for e in events}))
         ask = ", ".join("the " + kind for kind in named)
         said = sum((look_for([e for e in events if e["kind"] == kind]) for kind in named), [])
-    prompt = model.prompt(first_listen, f"Describe {ask}.")
-    if not listen:
-        return model.add_response(prompt, " ".join(said))
-    return add_short_clips(model, prompt, " ".join(said), segments, learn_start=True)
+    sample = model.prompt(first_listen, f"Describe {ask}.")
+    listen, (pairs, rest) = rng.random() < 0.5, split_segments(" ".join(said))
+    for before, tag in pairs:
+        sample.add(model.tokenize(before + tag), trained=True)
+        if listen:
+            sample.add_audio(segments[tag])
+    return model.add_response(sample, rest)
 
 
 def short_clips(model, first_listen, segments, events, rng, kinds):
-    """A question, most to find or order, no whole clip, and its chain, mostly with the short clips
-    that it points to, at the full rate. Here counting is learned, and when to go on. Where the
-    short clips lie is given: it can't be known."""
+    """A question, most to find or order, without a whole clip and without places, and its chain,
+    mostly with the short clips that it speaks of, at the full rate. Here counting is learned, and
+    when to go on."""
     category = str(rng.choice(list(QUESTIONS), p=[0.1, 0.4, 0.1, 0.4]))
-    row = write_row(category, exact(events), rng, kinds)
-    prompt = model.prompt([], row["question"], row["multi_choice"])
-    if rng.random() < 0.25:  # how an answer follows from a chain, whatever the distance
-        segments = None
-    return add_short_clips(model, prompt, row["cot"], segments, learn_start=False)
-
-
-def add_short_clips(model, sample, text, segments, learn_start):
-    """Append a text to learn, but for the times in its tags; and behind each tag its short clip, as
-    decoding inserts it. segments: {(start_s, end_s): features} of them; None: no audio."""
-    pairs, rest = split_segments(text)
-    for said, tag in pairs:
-        start, comma, end = tag.removeprefix("<seg>").partition(",")
-        sample.add(model.tokenize(said + "<seg>"), trained=True)
-        sample.add(model.tokenize(start), trained=learn_start)
-        sample.add(model.tokenize(comma + end))
-        if segments:
-            segment = parse_segment(tag, math.inf)
-            sample.add_audio(segments[segment.start_s, segment.end_s])
+    row = write_row(category, events, rng, kinds)
+    sample = model.prompt([], row["question"], row["multi_choice"])
+    listen, (pairs, rest) = rng.random() < 0.75, split_segments(row["cot"])
+    for before, tag in pairs:  # not listen: how an answer follows from a chain
+        sample.add(model.tokenize(before.rstrip()), trained=True)
+        if listen:
+            sample.add_audio(segments[tag])
     return model.add_response(sample, rest)
 
 

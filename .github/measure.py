@@ -1,10 +1,12 @@
-"""Measure what the README quotes, after training:
+"""Measure what RESULTS.md quotes, after training:
 
+    python .github/measure.py rows RUNS SEED [DATA]    # every row of the table: JSON lines
+    python .github/measure.py clips RUN SEED DATA ...  # one model on the test rows of each folder
+    python .github/measure.py listening RUNS SEED [DATA]    # decisions, looks, oracle, turns
     python .github/measure.py speed RUNS               # probe, decoding, a GRPO step
-    python .github/measure.py listening RUNS [DATA]    # decisions, looks, oracle, turns: JSON lines
     python .github/measure.py curve                    # .github/curve.svg from the logs in results/
 
-RUNS: the folder with base, sft and rl.
+RUNS: the folder with base, sft and rl, and for all rows rl-text and rl-base.
 """
 # SPDX-License-Identifier: MIT
 import json
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import echo  # noqa: E402
 from echo import GRPO, cut, grpo_step, load, rollouts  # noqa: E402
-from generate import COLOURS, answer, measure  # noqa: E402
+from generate import COLOURS, LISTEN, answer, measure  # noqa: E402
 from make_data import (load_audio, look_for, read_questions, read_rows, segment_of,  # noqa: E402
                        point_to)
 
@@ -162,25 +164,62 @@ def oracle(model, questions, waves):
         rows.append(echo.Rollout(chain(model, q, waves)[0], waves[q.path], None))
     for some in echo.batches(rows, 50):
         echo.decode(model, some, None, 0.0)
-    return sum(echo.same_answer(echo.extract_answer("<think>" + r.text) or "", q.answer)
-               for q, r in zip(questions, rows)) / len(rows)
+    return sum(echo.is_right("<think>" + r.text, q) for q, r in zip(questions, rows)) / len(rows)
 
 
-def listening(runs, data="data"):
+def listening(runs, seed, data="data"):
     questions = read_questions(f"{data}/test.jsonl")
     waves = {q.path: load_audio(q.path) for q in questions}
     find = [q for q in questions if q.category == "find"]
     for stage in ("base", "sft", "rl"):
         model = load(f"{runs}/{stage}")
-        entry = {"data": data, "stage": stage, "decisions": decisions(model, find, waves)}
+        found = {"seed": int(seed), "stage": stage, "decisions": decisions(model, find, waves)}
         if stage != "base":
-            entry |= {"looks": by_looks(find, answer(model, find))}
-        print(json.dumps(entry), flush=True)
-    print(json.dumps({"data": data, "oracle_find": oracle(model, find, waves)}), flush=True)
+            found |= {"looks": by_looks(find, answer(model, find))}
+        print(json.dumps(found), flush=True)
+    print(json.dumps({"seed": int(seed), "oracle_find": oracle(model, find, waves)}), flush=True)
     for turns in (1, 2, 3, 4):
         model.config.max_turns = turns
-        metrics = measure(questions, answer(model, questions), {q.category for q in questions})
-        print(json.dumps({"data": data, "max_turns": turns, **metrics}), flush=True)
+        entry(model, questions, "segment", seed=int(seed), max_turns=turns)
+
+
+ROWS = {"A": ("base", "nothing"), "base": ("base", "segment"), "B": ("sft", "nothing"),
+        "C": ("sft", "segment"), "D": ("rl", "segment"), "B'": ("rl-text", "nothing"),
+        "D elsewhere": ("rl", "elsewhere"), "D silence": ("rl", "silence"),
+        "E": ("rl-base", "segment")}
+
+
+def by_gap(questions, responses):
+    """Accuracy by the gap between the two sounds of a question about what comes after."""
+    gaps = {"touching": [], "near": [], "far": []}  # up to a second; over a second
+    for q, r in zip(questions, responses):
+        if q.category != "count" and len(q.listen_to) > 1:
+            before, after = q.listen_to[-2:]
+            gap_s = after["start_s"] - before["end_s"]
+            name = "far" if gap_s > 1 else "near" if gap_s > 0.02 else "touching"
+            gaps[name].append(echo.is_right(r.text, q))
+    return {name: sum(x) / len(x) for name, x in gaps.items() if x} | {
+        f"n_{name}": len(x) for name, x in gaps.items()}
+
+
+def entry(model, questions, listen, **head):
+    responses = answer(model, questions, LISTEN[listen])
+    metrics = measure(questions, responses, {q.category for q in questions})
+    metrics = {k: float(f"{v:.4g}") for k, v in (metrics | by_gap(questions, responses)).items()}
+    print(json.dumps({**head, "questions": len(questions), **metrics}), flush=True)
+
+
+def rows(runs, seed, data="data"):
+    questions = read_questions(f"{data}/test.jsonl")
+    for row, (stage, listen) in ROWS.items():
+        if (Path(runs) / stage / "model").is_dir():
+            entry(load(f"{runs}/{stage}"), questions, listen, seed=int(seed), row=row)
+
+
+def clips(run, seed, *folders):
+    for folder in folders:
+        entry(load(run), read_questions(f"{folder}/test.jsonl"), "segment", seed=int(seed),
+              run=Path(run).name, clips=Path(folder).name)
 
 
 def speed(runs):
@@ -226,4 +265,5 @@ def curve():
 
 
 if __name__ == "__main__":
-    {"speed": speed, "listening": listening, "curve": curve}[sys.argv[1]](*sys.argv[2:4])
+    {"speed": speed, "listening": listening, "curve": curve, "rows": rows,
+     "clips": clips}[sys.argv[1]](*sys.argv[2:])
