@@ -113,19 +113,19 @@ def parse_segment(tag, duration_s, turns=0, config=Config()):
     start_s, end_s = map(float, match.groups())
     if duration_s < end_s <= duration_s + config.end_slack_s:
         end_s = duration_s
-    length_s = end_s - start_s
-    refused = None
+    length_s = round(end_s - start_s, 6)  # in floats 0.3 - 0.1 < 0.2
+    segment = Segment(tag, start_s, end_s)
     if max(start_s, end_s) > duration_s:
-        refused = "outside the clip"
+        segment.refused = "outside the clip"
     elif length_s < 0:
-        refused = "reversed"
-    elif length_s < config.min_segment_s - 1e-6:  # in floats 0.3 - 0.1 < 0.2
-        refused = "too short"
-    elif length_s > config.max_segment_s + 1e-6:
-        refused = "too long"
+        segment.refused = "reversed"
+    elif length_s < config.min_segment_s:
+        segment.refused = "too short"
+    elif length_s > config.max_segment_s:
+        segment.refused = "too long"
     elif turns >= config.max_turns:
-        refused = "too many turns"
-    return Segment(tag, start_s, end_s, refused=refused)
+        segment.refused = "too many turns"
+    return segment
 
 
 # ================================================================= 2 text and audio in one sequence
@@ -553,14 +553,14 @@ def refuse(where, wrong, advice=""):
 
 def find_choice(said, choices):
     """The one choice that a text means, or None: the one that is the same to the letter; else but
-    for case and spaces; else but for quotes around it and punctuation behind it. A comparison that
-    fits several choices decides nothing, so that "5 dB." and "5 dB" can be told apart."""
+    for case and spaces; else also but for quotes around it and punctuation behind it. A comparison
+    that fits several choices decides nothing, so that "5 dB." and "5 dB" can be told apart."""
     def spelled(text):
         return " ".join(text.casefold().split())
 
     def bare(text):
         text = spelled(text).rstrip(".,;:!? ")
-        return text[1:-1].strip() if re.fullmatch("([\"'`]).*\\1", text) else text
+        return re.sub(r"^([\"'`])(.*)\1$", r"\2", text).strip()
 
     for form in (str, spelled, bare):
         alike = [choice for choice in choices if form(choice) == form(said) != ""]

@@ -139,18 +139,50 @@ def is_finished(folder, wanted):
     return has_model(folder)
 
 
+class Optimizers:
+    """AdamW; with `muon`, Muon at 2.5 times its rate for the matrices of the decoder's layers: the
+    base stage takes 1.4 times fewer steps to the same loss. groups: {name of a weight: group}."""
+
+    def __init__(self, groups, muon):
+        matrices = [group for name, group in groups.items() if muon and
+                    name.startswith("decoder.model.layers.") and group["params"][0].ndim == 2]
+        for group in matrices:
+            group["rate"] *= 2.5
+        rest = [group for group in groups.values() if all(group is not m for m in matrices)]
+        self.all = [torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+        if matrices:
+            self.all.append(torch.optim.Muon(matrices, weight_decay=0.0,
+                                             adjust_lr_fn="match_rms_adamw"))
+        self.param_groups = [group for one in self.all for group in one.param_groups]
+
+    def step(self):
+        for one in self.all:
+            one.step()
+
+    def zero_grad(self):
+        for one in self.all:
+            one.zero_grad()
+
+    def state_dict(self):
+        return [one.state_dict() for one in self.all]
+
+    def load_state_dict(self, saved):
+        for one, state in zip(self.all, saved, strict=True):
+            one.load_state_dict(state)
+
+
 class Training:
     """Optimiser, log and save of one training, which may be killed at any moment and run again.
     All randomness of a training is drawn from (seed, step): step, trained weights and optimiser are
     all there is to save. `rates`: factors on the learning rate of parts of the module."""
 
-    def __init__(self, folder, module, settings, wanted, rates={}):
+    def __init__(self, folder, module, settings, wanted, rates={}, muon=False):
         self.folder, self.settings, self.step = Path(folder), settings, 0
         self.rank, self.world = processes()
         self.trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
-        groups = [{"params": [p], "rate": rates.get(k.split(".")[0], 1.0)}
-                  for k, p in self.trained.items()]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        groups = {k: {"params": [p], "rate": rates.get(k.split(".")[0], 1.0)}
+                  for k, p in self.trained.items()}
+        self.optimizer = Optimizers(groups, muon)
         self.file, log_bytes = self.folder / "training.pt", 0
         if self.file.is_file():
             try:
@@ -512,7 +544,8 @@ def run_stage(stage, settings, device):
         model = load(before, device)
         model.bf16 = settings.bf16
         training = Training(folder, model, settings, wanted,
-                            {"projector": settings.projector_rate})
+                            {"projector": settings.projector_rate},
+                            muon=stage == "base" and model.config.decoder == "tiny")
         train = train_base if stage == "base" else train_sft
         train(model, training, settings)
     training.finish(model)

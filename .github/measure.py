@@ -233,32 +233,35 @@ def speed(runs):
 
 
 def curve():
-    """Held-out accuracy and hits over the RL steps: the mean of all seeds, and each seed."""
+    """Held-out accuracy, hits and share of a sound that is heard over the RL steps: the mean of all
+    seeds, and each seed."""
     here, lines = Path(__file__).parent, ""
     log = [e for e in read_rows(here / "results/rl.jsonl") if "eval_accuracy" in e]
+    for e in log:
+        e["heard"] = e["eval_heard_s"] / e["eval_sound_s"]
     steps = sorted({e["step"] for e in log})
-    names = {"eval_accuracy": "all questions", "eval_find": "to find", "eval_hits": "hits"}
-    left, right, top, bottom, low = 40, 430, 12, 170, 0.6
+    names = {"eval_accuracy": "right answers", "heard": "seconds heard / true", "eval_hits": "hits"}
+    left, right, top, bottom = 40, 400, 12, 200
 
     def across(step):
         return left + (right - left) * step / steps[-1]
 
     def up(share):
-        return bottom - (bottom - top) * (share - low) / (1 - low)
-    for (name, said), colour in zip(names.items(), COLOURS):
+        return bottom - (bottom - top) * share
+    for k, ((name, said), colour) in enumerate(zip(names.items(), COLOURS)):
         seeds = [[e[name] for e in log if e["seed"] == s] for s in sorted({e["seed"] for e in log})]
         mean = [sum(values) / len(values) for values in zip(*seeds)]
         for values in (*seeds, mean):
             at = " ".join(f"{across(x):.0f},{up(y):.1f}" for x, y in zip(steps, values))
             width, dim = (2.5, "") if values is mean else (1, ' opacity="0.3"')
             lines += f'<polyline points="{at}" stroke="{colour}" stroke-width="{width}"{dim}/>'
-        lines += (f'<text x="{right + 8}" y="{top + 50 + 18 * list(names).index(name)}" '
-                  f'fill="{colour}">{said} {100 * mean[0]:.0f} &#8594; {100 * mean[-1]:.0f}</text>')
+        lines += (f'<text x="{right + 8}" y="{top + 80 + 18 * k}" fill="{colour}">{said} '
+                  f'{100 * mean[0]:.0f} &#8594; {100 * mean[-1]:.0f}</text>')
     ticks = "".join(f'<text x="4" y="{up(y) + 4:.0f}">{100 * y:.0f}%</text>'
-                    for y in (0.6, 0.7, 0.8, 0.9, 1.0))
+                    for y in (0, 0.25, 0.5, 0.75, 1.0))
     ticks += "".join(f'<text x="{across(x) - 6:.0f}" y="{bottom + 18}">{x}</text>' for x in steps)
     (here / "curve.svg").write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 580 195" width="580" height="195" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 225" width="600" height="225" '
         f'font-family="sans-serif" font-size="12" fill="none"><g fill="#777">{ticks}'
         f'<text x="{right + 20}" y="{bottom + 18}">RL steps</text></g>'
         f'<g>{lines}</g></svg>')
