@@ -33,7 +33,7 @@ from echo import (SAMPLE_RATE, THUMBNAIL_RATE, TOKENS_PER_SECOND, Config, Echo, 
                   cut, first_line, has_model, load, main, make_encoder, optimizer_step,
                   parse_settings, pick_device, processes, read_decoder, save,
                   sft_loss, split_segments, sum_over_processes)
-from make_data import (NUMBERS, QUESTIONS, exact, from_edge, load_audio, lock, look_for, pick,
+from make_data import (NUMBERS, QUESTIONS, exact, from_edge, load_audio, lock, look_for,
                        point_to, questions_about, read_questions, read_rows, segment_of,
                        write_atomically, write_row)
 
@@ -49,7 +49,7 @@ class Settings:
     encoder: str = "small"           # or a Whisper checkpoint: a name or a local folder
     thumbnail: bool = True           # --no-thumbnail: the first listen is at the full rate
     encoder_steps: int = 1000        # of 24 pieces and 8 clips; for Whisper give 100
-    base_steps: int = 1000
+    base_steps: int = 1400
     base_batch: int = 6
     base_lr: float = 8e-4
     sft_steps: int = 300             # the paper: one epoch of 75.9k rows
@@ -153,7 +153,10 @@ class Optimizers:
         if matrices:
             self.all.append(torch.optim.Muon(matrices, weight_decay=0.0,
                                              adjust_lr_fn="match_rms_adamw"))
-        self.param_groups = [group for one in self.all for group in one.param_groups]
+
+    @property
+    def param_groups(self):
+        return [group for one in self.all for group in one.param_groups]
 
     def step(self):
         for one in self.all:
@@ -483,19 +486,21 @@ def train_base(model, training, settings):
 
 
 def whole_clip(model, first_listen, segments, events, rng, kinds):
-    """Describe one sound, which may have to be searched, and all that follows it; or, more often,
-    all kinds of sound, in RANDOM order: in order of time, the next place would be known without its
-    name. In half of the descriptions each sound's short clip follows its place."""
-    if rng.random() < 0.35:
-        row = pick(str(rng.choice(["find", "count_after"])), events, rng)
-        *looks, target = row["listen_to"]
-        ask = f"the {row['name']} and what comes after it"
-        said = look_for(looks) + list(map(point_to, events[events.index(target):]))
+    """Describe two sounds, which may have to be searched, and what comes after each; or all kinds
+    of sound, in RANDOM order: in order of time, the next place would be known without its name. In
+    half of the descriptions each sound's short clip follows its place."""
+    ask, said = [], []
+    if rng.random() < 0.5:
+        found = [row for row in questions_about(events) if row["category"] == "find"]
+        for row in rng.permutation(found)[:2]:
+            *looks, target = row["listen_to"]
+            ask.append(f"the {row['name']} and what comes after it")
+            said += [*look_for(looks), point_to(target)]
     else:
-        named = rng.permutation(sorted({e["kind"] for e in events}))
-        ask = ", ".join("the " + kind for kind in named)
-        said = sum((look_for([e for e in events if e["kind"] == kind]) for kind in named), [])
-    sample = model.prompt(first_listen, f"Describe {ask}.")
+        for kind in rng.permutation(sorted({e["kind"] for e in events})):
+            ask.append(f"the {kind}")
+            said += look_for([e for e in events if e["kind"] == kind])
+    sample = model.prompt(first_listen, f"Describe {', '.join(ask)}.")
     listen, (pairs, rest) = rng.random() < 0.5, split_segments(" ".join(said))
     for before, tag in pairs:
         sample.add(model.tokenize(before + tag), trained=True)
