@@ -9,7 +9,8 @@ The whole method, where A is a clip and q a question about it:
             o += enc(A[s:e])               # hear that part of the ORIGINAL waveform at full rate
     R     = format + consistency + accuracy + segment          # the four rewards of a response
     adv   = (R - mean R) / std R                               # within the group of one question
-    ratio = p(o) / p_old(o)                # of each sampled token; old: before the step's updates
+    ratio = p(o) / p_old(o)                # of each sampled token, not of audio; old: before the
+                                           # step's updates
     loss  = -min(ratio adv, clamp(ratio) adv) + kl_weight k3   # GRPO, arXiv 2402.03300; k3 is an
                                            # estimate of each token's KL to the SFT policy
 
@@ -19,8 +20,8 @@ A response is plain text with tags in it. Stage 1 learns from chains of thought 
 
 Stage 1, SFT, teaches to write such tags. As in the paper it is text only: the clip is in the prompt
 and no audio follows a tag, so the model learns where to point, not yet how to use what it hears
-there. It starts from a pretrained audio model. The toy's is made in train_sft.py, and has met short
-clips at the full rate; SFT shows it coarse first listens only.
+there. It starts from a pretrained audio model. The toy's pretrained model is made in train_sft.py;
+it has met short clips at the full rate, since SFT shows coarse first listens only.
 Stage 2, RL, inserts the audio and rewards the result. Each stage repeats these lines:
 
     prompt = policy.prompt(policy.hear([wave], first_listen=True)[0], question, choices)
@@ -209,11 +210,11 @@ class Echo(nn.Module):
     def prompt(self, features, question, choices=()):
         """What a response continues: the first listen, its times as text, and the question.
             [audio]0.0[audio]0.5 ... [audio]5.5 6.0 How many pulses has the hum? Choose from ...
-        features: (n, encoder dim) of the first listen; [] for a question without a clip. Each token
-        of a thumbnail is followed by its start time; at the full rate the first token of each
-        second is. The last number is the clip's end."""
+        features: (n, encoder dim) of the first listen; [] for a question without a clip, which only
+        a base model gets. Each token of a thumbnail is followed by its start time; at the full rate
+        the first token of each second is. The last number is the end of the last token."""
         sample = Sample()
-        every = 1 if self.config.thumbnail else TOKENS_PER_SECOND
+        every = 1 if self.config.thumbnail else TOKENS_PER_SECOND  # audio tokens for each time
         for i in range(0, len(features), every):
             sample.add_audio(features[i:i + 1])
             sample.add(self.tokenize(f"{i / self.first_rate:.1f}"))
@@ -229,13 +230,13 @@ class Echo(nn.Module):
         """Append to the prompt, in place, a whole response to learn, with eos."""
         return sample.add(self.tokenize(text) + [self.tokenizer.eos_token_id], trained=True)
 
-    def embed(self, samples, since=None):
+    def embed(self, samples, n_cached=None):
         """Embeddings x (B, T, D) of each sample's ids and audio, padded on the left; and the mask
-        (B, T) of what is no padding. since: for each sample the index to start from, if a KV cache
-        holds what is before."""
-        since = since or [0] * len(samples)
-        new = [s.ids[start:] for s, start in zip(samples, since)]
-        audio = [a for s, start in zip(samples, since) for a in s.audio[start:] if a is not None]
+        (B, T) of what is no padding. n_cached: how many ids of each sample a KV cache holds
+        already; only those after them are embedded."""
+        n_cached = n_cached or [0] * len(samples)
+        new = [s.ids[n:] for s, n in zip(samples, n_cached)]
+        audio = [a for s, n in zip(samples, n_cached) for a in s.audio[n:] if a is not None]
         ids = pad_left(new, self.device)
         x = self.decoder.get_input_embeddings()(ids.clamp_min(0))  # AUDIO: replaced below
         if audio:
@@ -306,27 +307,33 @@ def cut(wave, start_s, end_s):
 def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
     """Decode a response to each question about its clip: in training, evaluation and use.
     questions: objects with .question and .choices; waves: their clips, (N,); listen(wave, start_s,
-    end_s) -> the waveform that is heard, or None for text reasoning, in which nothing is heard;
-    temperature 0 is greedy; seeds: a number or a tuple for each response. Returns Rollouts."""
-    # half of the decoder's context is for the response and the segments that it may hear
-    room = model.decoder.config.max_position_embeddings // 2
+    end_s) -> the waveform that is heard; listen=None: text reasoning, nothing is heard; temperature
+    0 is greedy; seeds: a number or a tuple for each response. Returns Rollouts."""
     seeds = seeds or [None] * len(waves)
-    rows = []
-    for wave, seed in zip(waves, seeds, strict=True):
-        rows.append(Rollout(Sample(), wave, np.random.default_rng(seed)))
-        if len(wave) / SAMPLE_RATE * model.first_rate > room:
-            rows[-1].ended = "prompt too long"  # known before the clip is encoded
+    rows = [Rollout(Sample(), wave, np.random.default_rng(seed))
+            for wave, seed in zip(waves, seeds, strict=True)]
+    for row in rows:
+        if len(row.wave) / SAMPLE_RATE * model.first_rate > room(model, row.wave):
+            row.ended = "prompt too long"  # known before the clip is encoded
     fitting = [(row, q) for row, q in zip(rows, questions, strict=True) if not row.ended]
     first_listens = model.hear([row.wave for row, _ in fitting], first_listen=True)
     for (row, q), features in zip(fitting, first_listens):
         row.sample = model.prompt(features, q.question, q.choices)
-        if len(row.sample.ids) > room:
+        if len(row.sample.ids) > room(model, row.wave):
             row.ended = "prompt too long"
-    # For speed alone: the outermost autocast context casts the weights to bf16 once and for all
-    # tokens; this one does nothing but be the outermost.
+    # For speed alone: autocast drops its bf16 copies of the weights when the outermost context
+    # ends. This one, itself off, is the outermost, so they are kept from token to token.
     with torch.autocast(model.device.type, enabled=False):
         decode(model, [row for row in rows if not row.ended], listen, temperature)
     return rows
+
+
+def room(model, wave):
+    """How many tokens a prompt may have: the decoder's context without the longest response and the
+    longest segments of the clip that it may hear."""
+    segment_s = min(model.config.max_segment_s, len(wave) / SAMPLE_RATE)
+    heard = model.config.max_turns * math.ceil(segment_s * TOKENS_PER_SECOND)
+    return model.decoder.config.max_position_embeddings - model.config.max_new_tokens - heard
 
 
 def sample_tokens(logits, rows, temperature):
@@ -347,11 +354,11 @@ def sample_tokens(logits, rows, temperature):
 
 def decode(model, rows, listen, temperature):
     """Write the responses of a batch in one KV cache. Each pass feeds a row what the cache lacks of
-    it: first its prompt, later the id sampled last, or that and the audio inserted after it. Rows
-    with less are padded on the left. A row that closed a segment waits for its audio until all
-    rows wait or have ended, since 25 audio tokens for one row are 25 columns of padding for all:
-    twice as fast. A waiting row draws nothing and its positions stand still; each pass adds one
-    masked column to it."""
+    it: first its prompt, later the id sampled last, or audio. Rows with less are padded on the
+    left. A row that closed a segment waits for its audio until all rows wait or have ended, since
+    25 audio tokens for one row are 25 columns of padding for all: twice as fast. A waiting row
+    draws nothing and its positions stand still; once its last id is fed, each pass adds a masked
+    column to it."""
     cache = transformers.DynamicCache(config=model.decoder.config)
     mask = torch.zeros(len(rows), 0, dtype=torch.long, device=model.device)
     while rows:
@@ -451,8 +458,8 @@ def paper_reward(rollout, question):
 class GRPO:
     group: int = 8              # responses to a question, as in the paper
     temperature: float = 1.0    # of the rollouts, as in the paper
-    mini_batches: int = 1       # updates a step. The paper: 2, so that its second update uses
-                                # rollouts of an older policy, which the clip keeps in bounds.
+    mini_batches: int = 1       # updates a step; with 1 the ratio stays 1 and the clip is idle.
+                                # The paper: 2, the second on rollouts of an older policy.
     clip_ratio: float = 0.2     # as in the paper
     kl_weight: float = 0.04     # of k3 against the SFT policy, as in the paper
     micro_batch: int = 8        # responses in one pass; gradients are accumulated over them
@@ -502,7 +509,7 @@ def grpo_update(policy, reference, optimizer, responses, grpo):
     clip_share, and logp_gap, the distance between the old log-probs and those at sampling; and the
     entropy, the mean of -log p at sampling over all sampled tokens."""
     shares = batches(responses, math.ceil(len(responses) / grpo.mini_batches))
-    # A response without an advantage, as in a flat group, would add nothing but its KL. We leave it
+    # A response whose advantage is 0, as in a flat group, would add nothing but its KL. We leave it
     # out, which is 1.8x as fast; the paper keeps it.
     updates = [batches([r for r in share if r.advantage and r.logprobs], grpo.micro_batch)
                for share in shares]
@@ -808,8 +815,9 @@ def main(run):
     try:
         sys.exit(run())
     except (EchoError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise  # torch has no other class for a CPU's memory that runs out
+        out_of_memory = re.search("(out of|not enough|allocate) memory", str(error))
+        if isinstance(error, RuntimeError) and not out_of_memory:
+            raise  # torch has no class of its own for a CPU's memory that runs out
         print(f"error: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
