@@ -580,11 +580,15 @@ def total_rewards(parts, reward):
     """The sum of each response's parts, in float64: (responses,). The parts become floats, in
     place. What a reward function returned is checked here, since it may be anybody's."""
     for part in parts:
-        wrong = [name for name, x in part.items() if x is None or not math.isfinite(x)]
-        if wrong or part.keys() != parts[0].keys():
-            raise EchoError(f"{reward.__name__} returned {part}; needed: the same names for every "
-                            "response, each with a finite number")
-        part.update({name: float(x) for name, x in part.items()})
+        try:
+            part.update({name: float(x) for name, x in part.items()})
+            good = part.keys() == parts[0].keys() != set() and math.isfinite(sum(part.values()))
+        except (AttributeError, TypeError, ValueError, OverflowError, RuntimeError):
+            good = False
+        if not good:
+            name = getattr(reward, "__name__", "of yours")
+            raise EchoError(f"the reward {name} returned {str(part)[:150]}; needed: the same names "
+                            "for every response, each with a finite number")
     return torch.tensor([sum(part.values()) for part in parts], dtype=torch.float64)
 
 
@@ -692,6 +696,12 @@ def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
+def ran_out(error):
+    """Is it about memory? For a CPU's, torch has no class of its own."""
+    text = str(error)
+    return isinstance(error, MemoryError) or bool(re.search("(of|enough|allocate) memory", text))
+
+
 def read_decoder(name):
     """A Qwen2 or Qwen3 checkpoint, a name or a local folder -> decoder in fp32, tokenizer."""
     try:
@@ -770,6 +780,8 @@ def load(folder, device="cpu"):
         if any(not k.startswith("decoder.") for k in missing):
             raise EchoError(f"echo.pt lacks weights of {config.encoder!r}")
     except Exception as error:
+        if ran_out(error):
+            raise
         raise EchoError(f"{folder}: not a whole model, or of another version ({first_line(error)});"
                         " delete the folder and train or copy it again") from None
     return model.to(device)
@@ -815,9 +827,8 @@ def main(run):
     try:
         sys.exit(run())
     except (EchoError, OSError, MemoryError, RuntimeError) as error:
-        out_of_memory = re.search("(out of|not enough|allocate) memory", str(error))
-        if isinstance(error, RuntimeError) and not out_of_memory:
-            raise  # torch has no class of its own for a CPU's memory that runs out
+        if isinstance(error, RuntimeError) and not ran_out(error):
+            raise
         print(f"error: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -139,9 +139,12 @@ def print_clip(q, rollout):
 def asked(settings):
     """The Questions that the flags ask for."""
     clip, question, choices = settings.clip, settings.question, settings.choices
-    files = [Path(f).resolve() for f in (settings.benchmark, settings.output, settings.html) if f]
-    if len(set(files)) < len(files):
-        raise EchoError("--benchmark, --output and --html: needed are different files")
+    data = settings.benchmark or clip or "data/test.jsonl"
+    files = [Path(f).resolve() for f in (data, settings.output, settings.html) if f]
+    if len(set(files)) < len(files) or any(f.is_dir() for f in files[1:]):
+        raise EchoError("--output and --html: needed are different files, and not the input")
+    if settings.benchmark and (clip or question or choices):
+        raise EchoError("--benchmark has its own clips and questions; leave out --clip and others")
     try:
         "".join([question, *choices]).encode()
     except UnicodeError:
@@ -152,7 +155,7 @@ def asked(settings):
         return [Question({}, Path(clip), question, choices, None, "", ())]
     if clip or question or choices:
         raise EchoError("--clip and --question: needed are both, and perhaps --choices a b c d")
-    return [max(read_questions("data/test.jsonl"), key=lambda q: len(q.listen_to))]  # most looks
+    return [max(read_questions(data), key=lambda q: len(q.listen_to))]  # most looks
 
 
 def use(model, settings):
@@ -204,7 +207,8 @@ border-width:0 2px;background:color-mix(in srgb,var(--c) 27%,#0000)}
 .response{padding:.8rem;overflow-wrap:anywhere;white-space:pre-wrap}
 .chip{font:inherit;color:#777;border:1px dashed;border-radius:1rem;padding:0 .6rem}
 button.chip{color:#fff;background:var(--c);border:0;cursor:pointer}
-.big,.small{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:1rem}
+.big,.small{display:grid;gap:1rem;
+grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr))}
 .small{grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));font-size:.8rem}
 .small svg{height:4rem}.plot{display:flex;gap:.4rem}.plot .axis{flex-direction:column}
 .right{color:#2f9e44}.wrong{color:#e03131}</style>"""

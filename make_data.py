@@ -296,8 +296,9 @@ def faulty(row, kinds, rng):
               "miscount": cot.replace(said, f"the {first['kind']} has {number}", 1),
               "misname": cot.replace(said, said.replace(first["kind"], absent), 1),
               "contradict": cot.replace(f"<answer>{answer}", f"<answer>{other}")}
-    return ({"wrong_answer": row | {"answer": other}, "lost_choice": row | {"multi_choice": choices},
-             "absent_sound": row | {"question": question}},
+    qa = {"wrong_answer": {"answer": other}, "lost_choice": {"multi_choice": choices},
+          "absent_sound": {"question": question}}
+    return ({fault: row | change for fault, change in qa.items()},
             {fault: row | {"cot": chain} for fault, chain in chains.items()})
 
 
@@ -362,13 +363,13 @@ def run():
 
 def make(settings):
     sounds = read_sounds(settings.sounds) if settings.sounds else None
-    if settings.clip_s < 6 or settings.clip_s % CELL_S:
-        raise EchoError(f"--clip-s {settings.clip_s}: needed: 6 or more, in whole half seconds")
-    for path in Path(settings.out).glob("*.jsonl"):
-        path.unlink()  # no rows of before beside new audio, if this run is killed
+    if not 6 <= settings.clip_s <= 30 or settings.clip_s % CELL_S:
+        raise EchoError(f"--clip-s {settings.clip_s}: needed: 6 to 30, in whole half seconds")
     kinds = sorted(sounds or SYNTHETIC)
     clips, test, verdicts = [], [], Counter()
     sets = {"sft": [], "rl": [], "discarded": []}
+    for name in ("clips", *sets, "test"):  # if this run is killed: no old rows beside new audio
+        (Path(settings.out) / f"{name}.jsonl").unlink(missing_ok=True)
     for i in tqdm(range(settings.train_clips), "train clips"):
         clip, rows, rng = make_clip(settings, "train", i, sounds, kinds)
         clips.append(clip)
@@ -398,8 +399,8 @@ def make(settings):
 def lock(folder):
     """Hold a folder as its only writer. SQLite's lock ends with the process, even a killed one."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    held = sqlite3.connect(Path(folder) / ".lock", timeout=0, isolation_level=None)
     try:
+        held = sqlite3.connect(Path(folder) / ".lock", timeout=0, isolation_level=None)
         held.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:
         raise EchoError(f"{folder}: another run is writing there, or it can't be written ({error});"
@@ -462,7 +463,7 @@ def read_wav(path):
     refuse(path, {
         "not a WAV file": b"fmt " not in chunks,
         f"coding {coding} with {bits} bits, not 8 to 32-bit PCM": not known,
-        f"{channels} channels in frames of {frame} bytes": not channels or frame != channels * width,
+        f"{channels} channels in frames of {frame} bytes": frame != channels * width or not frame,
         f"{rate} Hz can't be resampled": not 1000 <= rate <= 768_000 or filter_size > 4e6,
         f"longer than {MAX_CLIP_S} s": len(audio) > MAX_CLIP_S * rate * frame,
     }, f'; convert or cut it: ffmpeg -i "{path.name}" -ar 16000 "{path.stem}-16k.wav"')
@@ -525,8 +526,8 @@ def sounds_of(row):
     """The toy's `listen_to`, the sounds that the true chain listens to; () in any other row."""
     events = row.get("listen_to")
     good = isinstance(events, list) and all(
-        isinstance(e, dict) and isinstance(e.get("start_s"), float)
-        and isinstance(e.get("end_s"), float) and e["start_s"] < e["end_s"]
+        isinstance(e, dict) and isinstance(e.get("start_s"), (int, float))
+        and isinstance(e.get("end_s"), (int, float)) and 0 <= e["start_s"] < e["end_s"] < 1e9
         and e.get("pulses") in tuple(NUMBERS) for e in events)
     return events if good else ()
 

@@ -411,7 +411,9 @@ def test_what_counts_as_the_answer(said, choices, want):
 @pytest.mark.parametrize("returned,says", [
     (lambda i: {"x": math.nan if i == 1 else 1.0}, "finite"), (lambda i: {"x": None}, "finite"),
     (lambda i: {"x": 1.0, "y": 2.0} if i else {"x": 1.0}, "the same names"),
-    (lambda i: {"x": i == 1}, None), (lambda i: {"x": 2 ** 70 * i, "y": 3}, None)])
+    (lambda i: {}, "names"), (lambda i: 1.0, "names"), (lambda i: {"x": "a"}, "finite"),
+    (lambda i: {"x": 1e308, "y": 1e308}, "finite"), (lambda i: {"x": 10 ** 400}, "finite"),
+    (lambda i: {"x": i == 1}, None), (lambda i: {"x": 2 ** 70 * i, "y": torch.ones(1)}, None)])
 def test_a_reward_of_ones_own(model, write, returned, says):
     """It gets the question; numbers of any kind are rewards, what is none is named."""
     write(model, ["a", "b"])
@@ -423,7 +425,7 @@ def test_a_reward_of_ones_own(model, write, returned, says):
     step = [policy, model, sgd(policy), asked(1), [noise(1.0)], range(2), GRPO(group=2), cut, mine]
     if says:
         error = error_of(echo.grpo_step, *step)
-        assert "mine returned {" in error and says in error
+        assert "the reward mine returned " in error and says in error
     else:
         _, parts, _ = echo.grpo_step(*step)
         assert seen == [("a", asked(1)[0]), ("b", asked(1)[0])] and {type(x) for part in parts
@@ -867,6 +869,9 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
     ("generate --choices a b", "--clip and --question: needed"),
     ("generate --clip a.wav --question \udce9", "not UTF-8"),
     ("generate --output a --html ./a", "needed are different files"),
+    ("generate --clip a.wav --question q --html a.wav", "and not the input"),
+    ("generate --benchmark a.json --clip a.wav", "has its own clips"),
+    ("train_sft --model runs --no-thumbnail", "that --model leaves out"),
     ("train_sft --seed 18446744073709551616", "--seed 18446744073709551616: must be at least 0"),
     ("train_rl --model nowhere", "nowhere: no Echo checkpoint there"),
     ("train_rl --steps many", "argument --steps: invalid int value: 'many'"),
@@ -978,6 +983,7 @@ def test_a_run_goes_on_only_from_its_own_inputs(data, trained, tmp_path, monkeyp
     """Killed, then moved, with another micro-batch and without its log, it goes on; with another
     model, other rows, a broken save, or beside another writer it ends with one line."""
     rows, first = tmp_path / "rl.jsonl", tmp_path / "first"
+    data = shutil.copytree(data, tmp_path / "world")
     shutil.copy(data / "rl.jsonl", rows)
     shutil.copytree(trained / "sft", tmp_path / "sft")
     job = rl(trained, first, "--save-every 1 --data", rows, "--audio-root", data,
@@ -990,6 +996,15 @@ def test_a_run_goes_on_only_from_its_own_inputs(data, trained, tmp_path, monkeyp
         file.write("\n")
     assert "begun with another data" in mistake(*job)
     shutil.copy(data / "rl.jsonl", rows)
+    clip = data / read_rows(rows)[0]["audio_path"]
+    whole = clip.read_bytes()
+    clip.write_bytes(wav_bytes(noise(6.0)))
+    assert "begun with another data" in mistake(*job)
+    clip.write_bytes(whole)
+    monkeypatch.setattr(train_rl, "REWARD", lambda r, q: {"x": 1.0})
+    assert "begun with another reward" in mistake(*job)
+    monkeypatch.setattr(train_rl, "REWARD", echo.paper_reward)
+    (tmp_path / "sft/model/.DS_Store").write_bytes(b"Mac OS X")
     shutil.copy(trained / "rl/model/echo.pt", tmp_path / "sft/model")
     assert "begun with another model" in mistake(*job)
     shutil.copy(trained / "sft/model/echo.pt", tmp_path / "sft/model")
@@ -1008,9 +1023,9 @@ def test_a_run_goes_on_only_from_its_own_inputs(data, trained, tmp_path, monkeyp
     assert "train one" in error_of(load, second)
     good(*job, "--steps", 1, "--out", second)  # an empty folder is no model
     monkeypatch.setattr(make_data, "make_clip", mock.Mock(side_effect=KeyboardInterrupt))
-    shutil.copytree(data, tmp_path / "data")  # new audio never stands beside old rows
-    assert run("make_data --seed 3 --out", tmp_path / "data")[0] == 130
-    assert not list((tmp_path / "data").glob("*.jsonl"))
+    (data / "mine.jsonl").write_text("{}")  # new audio never stands beside old rows
+    assert run("make_data --seed 3 --out", data)[0] == 130
+    assert [path.name for path in data.glob("*.jsonl")] == ["mine.jsonl"]
 
 
 def test_own_rows_and_limits(data, trained, tmp_path):
@@ -1050,18 +1065,19 @@ def test_pretrained_stages_end_to_end(data, trained, qwen, whisper, tmp_path):
 
 
 # --------------------------------------------------------------------- kills and several processes
-@pytest.mark.parametrize("name", ["sft", "rl"])
+@pytest.mark.parametrize("name", ["base", "sft", "rl"])
 def test_killed_and_run_again_ends_with_the_same_weights(trained, tmp_path, name):
     """SIGTERM, Ctrl-C and SIGKILL in the middle: the same command goes on and ends where the
     uninterrupted run ended."""
-    for stage in ("encoder", "base"):
+    for stage in ("encoder",) if name == "base" else ("encoder", "base"):
         shutil.copytree(trained / stage, tmp_path / stage)
-    jobs = {"sft": sft(trained, tmp_path, "--sft-batch 2 --save-every 1"),
+    jobs = {"base": sft(trained, tmp_path, "--base-steps 60 --sft-steps 1 --save-every 1"),
+            "sft": sft(trained, tmp_path, "--sft-batch 2 --save-every 1"),
             "rl": rl(trained, tmp_path / "rl", "--steps 15 --save-every 1")}
     folder, file = tmp_path / name, tmp_path / name / "training.pt"
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):  # as soon as there is a new save
         before = file.stat().st_mtime_ns if file.exists() else 0
-        script = process(f"train_{name}.py", *jobs[name][1:])
+        script = process(f"{jobs[name][0]}.py", *jobs[name][1:])
         while not file.exists() or file.stat().st_mtime_ns == before:
             assert script.poll() is None, script.communicate()[1]
             time.sleep(0.01)

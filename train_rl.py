@@ -9,6 +9,7 @@ the same ones each time.
 # SPDX-License-Identifier: MIT
 import contextlib
 import copy
+import inspect
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -34,7 +35,7 @@ class Settings(GRPO):
     audio_root: str = ""        # audio paths are relative to it, or to the data file's folder
     out: str = "runs/rl"        # folder for the log, the save and the model
     listen: Literal[tuple(LISTEN)] = "segment"  # or nothing: text reasoning; silence, elsewhere
-    steps: int = 50             # the paper: one epoch of 21.9k rows
+    steps: int = 60             # the paper: one epoch of 21.9k rows
     questions: int = 16         # prompts a step; the paper: 64
     lr: float = 3e-4            # the paper: 1e-6, for 7 billion parameters
     projector_rate: float = 1.0  # the projector's learning rate, as a factor
@@ -50,9 +51,8 @@ PRETRAINED = dict(steps=16, questions=32, group=6, lr=1e-5, projector_rate=0.2, 
                   bf16=torch.cuda.is_available())
 
 
-def train(policy, settings, wanted):
+def train(policy, rows, settings, wanted):
     reference = copy.deepcopy(policy).requires_grad_(False)
-    rows = read_questions(settings.data, settings.audio_root)
     test = []
     if settings.test != "none":
         test = read_questions(settings.test, settings.audio_root)
@@ -77,7 +77,7 @@ def train(policy, settings, wanted):
             if not r.logprobs:
                 tqdm.write(f"{settings.data}: {q.row.get('id', q.path)}: {r.ended}, not used")
         if not sum_over_processes(sum(len(r.logprobs) for r in responses)):
-            raise EchoError(f"{settings.data}: no prompt of step {step + 1} fits the decoder's context")
+            raise EchoError(f"{settings.data}: no prompt of step {step + 1} fits the context")
         by_name = means({f"reward_{name}": (sum(part[name] for part in parts), len(parts))
                          for name in parts[0]})
         asked = [q for q in questions for _ in range(settings.group)]
@@ -93,6 +93,9 @@ def evaluate(policy, training, test, settings):
     if test:
         mine = test[training.rank::training.world]
         responses = answer(policy, mine, LISTEN[settings.listen])
+        for q, r in zip(mine, responses):
+            if not r.logprobs:
+                tqdm.write(f"{settings.test}: {q.row.get('id', q.path)}: {r.ended}, so it is wrong")
         metrics = measure(mine, responses, {q.category for q in test})
         training.log({f"eval_{name}": value for name, value in metrics.items()},
                      show=("eval_accuracy", "eval_hits", "eval_segments", "eval_truncated"))
@@ -114,11 +117,15 @@ def run():
                         f"processes, {multiple}")
     folder = f"{settings.model}/model" if has_model(settings.model) else settings.model
     with lock(settings.out) if processes()[0] == 0 else contextlib.nullcontext():
-        wanted = stamp(settings, {"model": folder, "data": settings.data})
+        rows = read_questions(settings.data, settings.audio_root)
+        wanted = stamp(settings, {"model": [folder],
+                                  "data": [settings.data, *sorted({q.path for q in rows})]})
+        with contextlib.suppress(OSError, TypeError):  # it may have no source
+            wanted["reward"] = inspect.getsource(REWARD)
         if not is_finished(settings.out, wanted):
-            train(policy, settings, wanted)
-            if processes()[0] == 0:
-                report_page(settings.out)
+            train(policy, rows, settings, wanted)
+        if processes()[0] == 0:
+            report_page(settings.out)
 
 
 if __name__ == "__main__":

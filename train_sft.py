@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from echo import (SAMPLE_RATE, THUMBNAIL_RATE, TOKENS_PER_SECOND, Config, Echo, EchoError, batches,
                   cut, first_line, has_model, load, main, make_encoder, optimizer_step,
-                  parse_settings, pick_device, processes, read_decoder, save,
+                  parse_settings, pick_device, processes, ran_out, read_decoder, save,
                   sft_loss, split_segments, sum_over_processes)
-from make_data import (NUMBERS, QUESTIONS, exact, from_edge, load_audio, lock, look_for,
+from make_data import (NUMBERS, QUESTIONS, exact, from_edge, load_audio, lock, look_for, pick,
                        point_to, questions_about, read_questions, read_rows, segment_of,
                        write_atomically, write_row)
 
@@ -48,7 +48,7 @@ class Settings:
     decoder: str = "tiny"            # or a Qwen2 checkpoint: a name or a local folder
     encoder: str = "small"           # or a Whisper checkpoint: a name or a local folder
     thumbnail: bool = True           # --no-thumbnail: the first listen is at the full rate
-    encoder_steps: int = 1000        # of 24 pieces and 8 clips; for Whisper give 100
+    encoder_steps: int = 1200        # of 24 pieces and 8 clips; for Whisper give 100
     base_steps: int = 1400
     base_batch: int = 6
     base_lr: float = 8e-4
@@ -76,6 +76,9 @@ def train_sft(model, training, settings):
             first_listen, _ = heard(rows[i].path)
             prompt = model.prompt(first_listen, rows[i].question, rows[i].choices)
             samples.append(model.add_response(prompt, rows[i].row["cot"]))
+            if len(prompt.ids) > model.decoder.config.max_position_embeddings:
+                raise EchoError(f"{settings.data}: the row about {rows[i].path} is longer than the "
+                                "decoder's context; leave it out")
         update(model, training, samples, settings.sft_lr, settings.sft_steps)
 
 
@@ -100,12 +103,13 @@ def linear_schedule(step, steps, warmup=0.05, final=0.0):  # warm-up: the paper'
     return min(1.0, up, final + (1 - final) * (steps - step) / max(1, steps - warmup * steps))
 
 
-def fingerprint(path):
-    """A hash of what a file holds, or all files of a folder: moved or copied, it stays the same."""
-    digest, path = hashlib.sha256(), Path(path)
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(file.name.encode() + file.read_bytes())
+def fingerprint(*paths):
+    """A hash of what files hold, and the files of folders: moved or copied, it stays the same."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        for file in sorted(path.rglob("[!.]*")) if path.is_dir() else [path]:
+            if file.is_file() or not path.is_dir():
+                digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -115,11 +119,12 @@ NO_EFFECT = ("out", "model", "data", "clips", "test", "audio_root", "save_every"
 
 
 def stamp(settings, inputs, later=()):
-    """What a training's result depends on: settings, and {name: path} of its inputs. later: how
+    """What a training's result depends on: settings, and {name: paths} of its inputs. later: how
     names begin that only matter to later stages."""
-    kept = {name: value for name, value in asdict(settings).items()
+    kept = {name: fingerprint(value) if value and Path(str(value)).is_dir() else value
+            for name, value in asdict(settings).items()
             if name not in NO_EFFECT and not name.startswith(tuple(later))}
-    return kept | {name: fingerprint(path) for name, path in inputs.items()}
+    return kept | {name: fingerprint(*paths) for name, paths in inputs.items()}
 
 
 def is_finished(folder, wanted):
@@ -129,7 +134,7 @@ def is_finished(folder, wanted):
     began = {}
     if has_model(folder) or (folder / "training.pt").exists():
         with contextlib.suppress(OSError, ValueError):  # lost or broken: nothing is known of it
-            began = json.loads((folder / "settings.json").read_text())
+            began = json.loads((folder / "settings.json").read_text()) or {}
         other = [name for name in wanted if began.get(name) != wanted[name]]
         if other:
             raise EchoError(f"{folder} was begun with another {', '.join(other)}; give the same, "
@@ -194,8 +199,12 @@ class Training:
                 self.optimizer.load_state_dict(saved["optimizer"])
                 self.step, log_bytes = saved["step"], saved["log_bytes"]
             except Exception as error:  # torch has many for a broken file
+                if ran_out(error):
+                    raise
                 raise EchoError(f"{self.file}: broken ({first_line(error)}); delete it to begin "
                                 "again") from None
+        if sum_over_processes(self.step) != self.step * self.world:
+            raise EchoError(f"{self.file}: not the same on all machines; share the folder")
         if self.rank == 0:
             write_atomically(self.folder / "settings.json", json.dumps(wanted, indent=2))
             with open(self.folder / "log.jsonl", "ab") as log:  # what came after the save happens
@@ -433,6 +442,9 @@ def train_encoder(detector, training, described, settings):
     and thumbnails of clips, all as long as the shortest. Some clips are kept for grade()."""
     detector.train(not detector.encoder.pretrained)  # no dropout, but cuDNN's GRU asks for it
     waves = [load_audio(path) for path, _ in tqdm(described, "reading clips")]
+    for wave, (path, events) in zip(waves, described):
+        if events[-1]["end_s"] > len(wave) / SAMPLE_RATE + 0.5:
+            raise EchoError(f"{path}: the clip ends before its event at {events[-1]['start_s']} s")
     shortest_s = min(map(len, waves)) / SAMPLE_RATE
     kept = min(50, len(waves) // 20)
     for step in training.steps(settings.encoder_steps, "encoder"):
@@ -492,7 +504,7 @@ def whole_clip(model, first_listen, segments, events, rng, kinds):
     ask, said = [], []
     if rng.random() < 0.5:
         found = [row for row in questions_about(events) if row["category"] == "find"]
-        for row in rng.permutation(found)[:2]:
+        for row in (pick("find", events, rng), rng.choice(found)):  # pick: to be searched
             *looks, target = row["listen_to"]
             ask.append(f"the {row['name']} and what comes after it")
             said += [*look_for(looks), point_to(target)]
@@ -529,9 +541,13 @@ def run_stage(stage, settings, device):
     out = Path(settings.out)
     folder = out / stage
     before = {"base": out / "encoder", "sft": Path(settings.model or out / "base")}.get(stage)
-    inputs = {"data": settings.data} if stage == "sft" else {"clips": settings.clips}
+    if stage == "sft":
+        rows = read_questions(settings.data, settings.audio_root, ("answer", "cot"))
+        inputs = {"data": [settings.data, *sorted({q.path for q in rows})]}
+    else:
+        inputs = {"clips": [settings.clips, *(path for path, _ in read_clips(settings)[0])]}
     if before:
-        inputs["model"] = before / "model" if has_model(before) else before
+        inputs["model"] = [before / "model" if has_model(before) else before]
     later = {"encoder": ("base_", "sft_", "projector_"), "base": ("sft_",), "sft": ()}[stage]
     wanted = stamp(settings, inputs, later)
     if is_finished(folder, wanted):
@@ -558,11 +574,11 @@ def run_stage(stage, settings, device):
 
 def run():
     settings = parse_settings(Settings, __doc__)
-    if settings.model:
-        pretrained = load(settings.model).config.decoder != "tiny"
-    else:
-        pretrained = settings.decoder != "tiny"
-    if pretrained:
+    if settings.model and (settings.decoder, settings.encoder, settings.thumbnail) != (
+            "tiny", "small", True):
+        raise EchoError("--decoder, --encoder and --no-thumbnail are of the stages that --model "
+                        "leaves out; give either")
+    if (load(settings.model).config if settings.model else settings).decoder != "tiny":
         settings = parse_settings(Settings, __doc__, PRETRAINED)
     device = pick_device(train=True)
     if processes()[1] > min(8, settings.base_batch, settings.sft_batch):
