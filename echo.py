@@ -106,8 +106,9 @@ def split_segments(text):
 
 
 def parse_segment(tag, duration_s, turns=0, config=Config()):
-    """A closed tag -> Segment. It never raises: `refused` says what is wrong. duration_s: of the
-    clip; turns: how many segments this response has heard before."""
+    """A closed tag -> Segment. It never raises: `refused` is the first that holds of "malformed"
+    (then without times), "outside the clip", "reversed", "too short", "too long" and "too many
+    turns". duration_s: of the clip; turns: how many segments this response has heard before."""
     match = TAG.fullmatch(tag)
     if not match:
         return Segment(tag, refused="malformed")
@@ -382,10 +383,11 @@ def decode(model, rows, listen, temperature):
 
 
 def add_token(model, row, token, logp, listen):
-    """Append a sampled id. If its text closes a segment, the row waits for the audio; after a
-    refused segment the text just goes on, as in the paper after one that is too short. The audio
-    goes after this id even if its text goes on: "</seg>," may end in one token ">,". The last
-    token that is allowed hears nothing ("at the limit of tokens"), for nothing would follow."""
+    """Append a sampled id. If its text closes a segment, the row waits for the audio, and the
+    segment counts as heard at once. A refused one has no audio, the text just goes on, as in the
+    paper after one that is too short. Refused are also "text reasoning", without `listen`, and "at
+    the limit of tokens", where nothing would follow. The audio goes after this id even if its text
+    goes on: "</seg>," may end in one token ">,"."""
     row.sample.add([token], trained=True)
     row.logprobs.append(logp)
     if token == model.tokenizer.eos_token_id:
@@ -437,20 +439,21 @@ def format_reward(text):
 
 
 def consistency_reward(text):
-    """-0.1 for every </seg> after which the sentence does not go on: a capital or a tag comes next
-    (the paper), or no word before the next tag or the end (here); at least -0.5."""
+    """-0.1 for every </seg> after which the sentence does not go on: but for spaces a capital or a
+    tag comes next (the paper), or no word before the next tag or the end (here); at least -0.5."""
     after = [part.split("<")[0].strip() for part in text.split("</seg>")[1:]]  # up to the next tag
     broken_off = sum(not re.search(r"\w", said) or said[0].isupper() for said in after)
     return max(-0.5, -0.1 * broken_off)
 
 
 def paper_reward(rollout, question):
-    """The four rewards of the paper, by name; their sum lies between -0.5 and 1.5."""
+    """The four rewards of the paper, by name; their sum lies between -0.5 and 1.5. accuracy: 0.5 for
+    the right answer; segment: 0.5 more if at least one segment was heard."""
     right = is_right(rollout.text, question)
     return {"format": format_reward(rollout.text),
             "consistency": consistency_reward(rollout.text),
             "accuracy": 0.5 * right,
-            "segment": 0.5 * (right and bool(rollout.heard_segments))}  # one is enough
+            "segment": 0.5 * (right and bool(rollout.heard_segments))}
 
 
 # =========================================================================================== 6 GRPO
@@ -466,8 +469,9 @@ class GRPO:
 
 
 def group_advantages(rewards, eps=1e-4):
-    """A_i = (R_i - mean(R)) / (std(R) + eps) within each group: (questions, G) -> (questions, G).
-    A flat group, whose rewards are all equal, gets exactly 0 and teaches nothing."""
+    """A_i = (R_i - mean(R)) / (std(R) + eps) within each group: (questions, G) -> (questions, G);
+    std divides by G. A flat group, whose rewards are all equal, gets exactly 0: it teaches nothing.
+    """
     mean, std = rewards.mean(1, keepdim=True), rewards.std(1, correction=0, keepdim=True)
     flat = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True) < 1e-9
     return ((rewards - mean) / (std + eps)).masked_fill(flat, 0.0)
@@ -502,12 +506,12 @@ def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, liste
 
 
 def grpo_update(policy, reference, optimizer, responses, grpo):
-    """`grpo.mini_batches` updates, each on its share of a step's responses. The loss is the mean
-    over a response's tokens, then over the update's responses on all processes, those without an
-    advantage counted, as in the paper. The ids are those that were sampled, never tokenised again;
-    inserted audio has no loss, eos has one. Returns means over the tokens trained: loss, kl (k3),
-    clip_share, and logp_gap, the distance between the old log-probs and those at sampling; and the
-    entropy, the mean of -log p at sampling over all sampled tokens."""
+    """`grpo.mini_batches` updates, on consecutive shares of a step's responses. The loss is the mean
+    over a response's tokens, then over the update's responses on all processes, as in the paper;
+    those without an advantage count in that denominator alone. The ids are those that were sampled,
+    never tokenised again; inserted audio has no loss, eos has one. Returns means over the tokens
+    trained: loss, kl (k3), clip_share, and logp_gap, the mean |old log-prob - that at sampling|;
+    and the entropy, the mean of -log p at sampling over all sampled tokens."""
     shares = batches(responses, math.ceil(len(responses) / grpo.mini_batches))
     # A response whose advantage is 0, as in a flat group, would add nothing but its KL. We leave it
     # out, which is 1.8x as fast; the paper keeps it.
