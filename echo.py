@@ -447,8 +447,8 @@ def consistency_reward(text):
 
 
 def paper_reward(rollout, question):
-    """The four rewards of the paper, by name; their sum lies between -0.5 and 1.5. accuracy: 0.5 for
-    the right answer; segment: 0.5 more if at least one segment was heard."""
+    """The four rewards of the paper, by name; their sum lies between -0.5 and 1.5. accuracy: 0.5
+    for the right answer; segment: 0.5 more if at least one segment was heard."""
     right = is_right(rollout.text, question)
     return {"format": format_reward(rollout.text),
             "consistency": consistency_reward(rollout.text),
@@ -506,12 +506,12 @@ def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, liste
 
 
 def grpo_update(policy, reference, optimizer, responses, grpo):
-    """`grpo.mini_batches` updates, on consecutive shares of a step's responses. The loss is the mean
-    over a response's tokens, then over the update's responses on all processes, as in the paper;
-    those without an advantage count in that denominator alone. The ids are those that were sampled,
-    never tokenised again; inserted audio has no loss, eos has one. Returns means over the tokens
-    trained: loss, kl (k3), clip_share, and logp_gap, the mean |old log-prob - that at sampling|;
-    and the entropy, the mean of -log p at sampling over all sampled tokens."""
+    """`grpo.mini_batches` updates, on consecutive shares of a step's responses. The loss is the
+    mean over a response's tokens, then over the update's responses on all processes, as in the
+    paper; those without an advantage count in that denominator alone. The ids are those that were
+    sampled, never tokenised again; inserted audio has no loss, eos has one. Returns means over the
+    tokens trained: loss, kl (k3), clip_share, and logp_gap, the mean |old log-prob - that at
+    sampling|; and the entropy, the mean of -log p at sampling over all sampled tokens."""
     shares = batches(responses, math.ceil(len(responses) / grpo.mini_batches))
     # A response whose advantage is 0, as in a flat group, would add nothing but its KL. We leave it
     # out, which is 1.8x as fast; the paper keeps it.

@@ -210,7 +210,8 @@ button.chip{color:#fff;background:var(--c);border:0;cursor:pointer}
 .big,.small{display:grid;gap:1rem;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr))}
 .small{grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));font-size:.8rem}
-.small svg{height:4rem}.plot{display:flex;gap:.4rem}.plot .axis{flex-direction:column}
+.small svg{height:4rem}.plot{display:flex;gap:.4rem}.plot svg{min-width:0}
+.plot .axis{flex-direction:column}
 .right{color:#2f9e44}.wrong{color:#e03131}</style>"""
 SCRIPT = """<script>
 for (const clip of document.querySelectorAll('.clip')) clip.onclick = event => {
