@@ -437,14 +437,21 @@ class Detector(nn.Module):
         return {name: sum(x) / len(x) for name, x in right.items() if x}
 
 
+def read_waves(described):
+    """The waveforms of clips; none may end before its events do."""
+    waves = []
+    for path, events in tqdm(described, "reading clips"):
+        waves.append(load_audio(path))
+        if events[-1]["end_s"] > len(waves[-1]) / SAMPLE_RATE + 0.5:
+            raise EchoError(f"{path}: the clip ends before its event at {events[-1]['start_s']} s")
+    return waves
+
+
 def train_encoder(detector, training, described, settings):
     """Each step: pieces at the full rate, of one length, each from where a sound's segment begins,
-    and thumbnails of clips, all as long as the shortest. Some clips are kept for grade()."""
+    and thumbnails of clips, as long as the shortest. Some clips are kept for grade()."""
     detector.train(not detector.encoder.pretrained)  # no dropout, but cuDNN's GRU asks for it
-    waves = [load_audio(path) for path, _ in tqdm(described, "reading clips")]
-    for wave, (path, events) in zip(waves, described):
-        if events[-1]["end_s"] > len(wave) / SAMPLE_RATE + 0.5:
-            raise EchoError(f"{path}: the clip ends before its event at {events[-1]['start_s']} s")
+    waves = read_waves(described)
     shortest_s = min(map(len, waves)) / SAMPLE_RATE
     kept = min(50, len(waves) // 20)
     for step in training.steps(settings.encoder_steps, "encoder"):
@@ -472,13 +479,12 @@ def train_encoder(detector, training, described, settings):
         optimizer_step(training.optimizer)
         training.step += 1
         training.log(metrics, show=parts, every=25)
-    grades = detector.grade([(w, e) for w, (_, e) in zip(waves[:kept], described)],
-                            settings.thumbnail)
+    clips = [(wave, events) for wave, (_, events) in zip(waves[:kept], described)]
+    grades = detector.grade(clips, settings.thumbnail)
     training.log(grades, show=grades)
     if training.rank == 0 and kept and min(grades.values()) < 0.9:
-        print("These sounds are hard to tell apart, and what the encoder misses no later stage can "
-              f"learn: delete {training.folder} and try --encoder-steps "
-              f"{3 * settings.encoder_steps}")
+        print("What the encoder can't tell apart no later stage can learn: delete "
+              f"{training.folder} and try --encoder-steps {3 * settings.encoder_steps}")
 
 
 def train_base(model, training, settings):
