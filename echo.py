@@ -73,7 +73,8 @@ class Config:
     min_segment_s: float = 0.2    # shorter segments are not inserted, as in the paper
     max_segment_s: float = 30.0   # our choice: one window of Whisper
     end_slack_s: float = 0.5      # our choice: an end at most this far past the clip is moved to
-                                  # the clip's end; the paper's code moves any end
+                                  # the clip's end, since the prompt's last time is rounded up; the
+                                  # paper's code moves any end
     max_turns: int = 8            # segments heard in one response, as in the paper
     max_new_tokens: int = 100     # sampled tokens of a response, our choice for the toy
 
@@ -322,8 +323,8 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
         row.sample = model.prompt(features, q.question, q.choices)
         if len(row.sample.ids) > room(model, row.wave):
             row.ended = "prompt too long"
-    # For speed alone: autocast drops its bf16 copies of the weights when the outermost context
-    # ends. This one, itself off, is the outermost, so they are kept from token to token.
+    # For speed alone: autocast keeps its bf16 copies of the weights until the outermost context
+    # ends. This one, itself off, is the outermost, so they last from token to token.
     with torch.autocast(model.device.type, enabled=False):
         decode(model, [row for row in rows if not row.ended], listen, temperature)
     return rows
@@ -356,10 +357,9 @@ def sample_tokens(logits, rows, temperature):
 def decode(model, rows, listen, temperature):
     """Write the responses of a batch in one KV cache. Each pass feeds a row what the cache lacks of
     it: first its prompt, later the id sampled last, or audio. Rows with less are padded on the
-    left. A row that closed a segment waits for its audio until all rows wait or have ended, since
-    25 audio tokens for one row are 25 columns of padding for all: twice as fast. A waiting row
-    draws nothing and its positions stand still; once its last id is fed, each pass adds a masked
-    column to it."""
+    left. Audio is inserted for all rows at once, when each waits for some or has ended: one row's
+    25 tokens would pad every other row by 25 columns. That is twice as fast. A waiting row draws
+    nothing and its positions stand still; once its last id is fed it gets padding only."""
     cache = transformers.DynamicCache(config=model.decoder.config)
     mask = torch.zeros(len(rows), 0, dtype=torch.long, device=model.device)
     while rows:
@@ -439,8 +439,9 @@ def format_reward(text):
 
 
 def consistency_reward(text):
-    """-0.1 for every </seg> after which the sentence does not go on: but for spaces a capital or a
-    tag comes next (the paper), or no word before the next tag or the end (here); at least -0.5."""
+    """-0.1 for every </seg> after which the sentence does not go on: what comes next, after spaces,
+    is a capital or a tag (the paper), or no word comes before the next tag or the end (here); at
+    least -0.5."""
     after = [part.split("<")[0].strip() for part in text.split("</seg>")[1:]]  # up to the next tag
     broken_off = sum(not re.search(r"\w", said) or said[0].isupper() for said in after)
     return max(-0.5, -0.1 * broken_off)
@@ -462,7 +463,7 @@ class GRPO:
     group: int = 8              # responses to a question, as in the paper
     temperature: float = 1.0    # of the rollouts, as in the paper
     mini_batches: int = 1       # updates a step; with 1 the ratio stays 1 and the clip is idle.
-                                # The paper: 2, the second on rollouts of an older policy.
+                                # The paper: 2, so that its second one is off-policy.
     clip_ratio: float = 0.2     # as in the paper
     kl_weight: float = 0.04     # of k3 against the SFT policy, as in the paper
     micro_batch: int = 8        # responses in one pass; gradients are accumulated over them
