@@ -1,6 +1,6 @@
 """Clips of the toy's sounds by other code than make_data.py's, to try a trained model on:
 
-    python .github/other_clips.py OUT      # OUT/plain, OUT/hard and OUT/free: 100 clips, 400 questions each
+    python .github/other_clips.py OUT      # OUT/plain, hard, free: 100 clips, 400 questions each
 
 Three or four sounds of about a second in six seconds, touching or up to 3 s apart. plain: a quiet
 noise behind them; hard: pulses with hard edges, and a hum of the mains; free: onsets anywhere, soft
@@ -29,7 +29,8 @@ def band(n, low, high, rng):
 def tones(n, frequencies, weights=None):
     t = np.arange(n) / RATE
     weights = weights or [1] * len(frequencies)
-    return sum(w * np.cos(2 * np.pi * f * t + i) for i, (f, w) in enumerate(zip(frequencies, weights)))
+    return sum(w * np.cos(2 * np.pi * f * t + i)
+               for i, (f, w) in enumerate(zip(frequencies, weights)))
 
 
 def sweep(n, p):
@@ -40,7 +41,8 @@ def sweep(n, p):
 SOUNDS = {
     "hum": lambda n, p, rng: tones(n, [110 * p, 330 * p]),
     "rumble": lambda n, p, rng: band(n, 0, 250 * p, rng),
-    "buzz": lambda n, p, rng: tones(n, [220 * p * k for k in range(1, 16, 2)], [1 / k for k in range(1, 9)]),
+    "buzz": lambda n, p, rng: tones(n, [220 * p * k for k in range(1, 16, 2)],
+                                    [1 / k for k in range(1, 9)]),
     "tone": lambda n, p, rng: tones(n, [900 * p]),
     "chirp": lambda n, p, rng: sweep(n, p),
     "bell": lambda n, p, rng: tones(n, [1250 * p, 2070 * p, 3110 * p, 4390 * p]),
@@ -89,7 +91,8 @@ def clip(style, dice, rng):
         edge_s = {"plain": 0.005, "hard": 1e-5, "free": 0.01}[style]
         loud = dice.uniform(0.08, 0.2) * sound / sound.std() * pulses(m, count, edge_s)
         samples[a:a + m] += loud[:len(samples[a:a + m])]
-        events.append({"kind": kind, "start_s": start, "end_s": round(start + length, 2), "pulses": count})
+        events.append({"kind": kind, "start_s": start, "end_s": round(start + length, 2),
+                       "pulses": count})
     if style == "hard":
         samples += 0.008 * np.sin(2 * np.pi * 50 * np.arange(len(samples)) / RATE)
     if style == "free":
@@ -106,15 +109,17 @@ def ask(events):
     out = [("count", f"How many pulses has the {e['kind']}?", WORDS[e["pulses"]], [e])]
     i = followed[-1]
     e, after = events[i:i + 2]
-    out.append(("order", f"Which sound comes right after the {e['kind']}?", after["kind"], [e, after]))
+    out.append(("order", f"Which sound comes right after the {e['kind']}?", after["kind"],
+                [e, after]))
     e, after = events[followed[0]:followed[0] + 2]
     out.append(("count_after", f"How many pulses has the sound right after the {e['kind']}?",
                 WORDS[after["pulses"]], [e, after]))
-    found = [e for e in twice if events.index(e) + 1 < len(events)][-1:] or [events[followed[0]]]
+    found = [e for e in twice if events.index(e) + 1 < len(events)][-1:]
+    found = found or [events[followed[0]]]
     i = events.index(found[0])
     looks = [e for e in events[:i] if e["kind"] == found[0]["kind"]] + events[i:i + 2]
-    speed = "slow" if found[0]["pulses"] < 4 else "fast"
-    out.append(("find", f"How many pulses has the sound right after the {speed} {found[0]['kind']}?",
+    name = f"{'slow' if found[0]['pulses'] < 4 else 'fast'} {found[0]['kind']}"
+    out.append(("find", f"How many pulses has the sound right after the {name}?",
                 WORDS[events[i + 1]["pulses"]], looks))
     return out
 
@@ -135,9 +140,9 @@ def write(out, style, n_clips=100):
             pool = sorted(SOUNDS) if category == "order" else list(WORDS.values())
             wrong = [x for x in pool if x != answer and x not in question.split("the ")[-1]]
             choices = dice.sample([answer, *dice.sample(wrong, 3)], 4)
-            rows.append({"id": f"{style}-{i:03d}-{category}", "audio_path": path, "question": question,
-                         "multi_choice": choices, "answer": answer, "category": category,
-                         "listen_to": looks})
+            rows.append({"id": f"{style}-{i:03d}-{category}", "audio_path": path,
+                         "question": question, "multi_choice": choices, "answer": answer,
+                         "category": category, "listen_to": looks})
     (out / style / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
