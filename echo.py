@@ -769,11 +769,14 @@ def has_model(folder):
     return (Path(folder) / "model" / "echo.json").is_file()
 
 
+def model_folder(folder):
+    """Where a model's files are: in the folder itself, or in its model/."""
+    return Path(folder) / "model" if has_model(folder) else Path(folder)
+
+
 def load(folder, device="cpu"):
     """The model that save() wrote to a folder, or to the folder's model/."""
-    folder = Path(folder)
-    if has_model(folder):
-        folder = folder / "model"
+    folder = model_folder(folder)
     if not (folder / "echo.json").is_file():
         raise EchoError(f"{folder}: no Echo checkpoint there (no echo.json); train one")
     try:

@@ -924,7 +924,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n"
     ("echo.json", b""), ("echo.json", b'{"encoder": "small", "new_field": 1}'), ("echo.pt", b""),
     ("echo.json", b'{"encoder": "nowhere"}'), ("echo.pt", LFS), ("model.safetensors", LFS),
     ("model.safetensors", 5_000), ("echo.pt", 5_000), ("tokenizer.json", b"{"),
-    ("config.json", None), ("echo.pt", {}), ("model.safetensors", {"model.norm.weight": torch.ones(48)})])
+    ("config.json", None), ("echo.pt", {}),
+    ("model.safetensors", {"model.norm.weight": torch.ones(48)})])
 def test_a_broken_model_is_refused(model, tmp_path, file, content):
     """Truncated to some bytes, an LFS pointer, of another version, or with weights missing."""
     save(micro(model.tokenizer, echo.SmallEncoder()), tmp_path / "m")

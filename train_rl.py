@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from echo import (GRPO, EchoError, grpo_step, has_model, load, main, means, paper_reward,
+from echo import (GRPO, EchoError, grpo_step, load, main, means, model_folder, paper_reward,
                   parse_settings, pick_device, processes, sum_over_processes)
 from generate import LISTEN, answer, measure, report_page, set_limits
 from make_data import load_audio, lock, read_questions
@@ -115,10 +115,9 @@ def run():
     if settings.questions % multiple:
         raise EchoError(f"--questions {settings.questions}: must be a multiple of --mini-batches x "
                         f"processes, {multiple}")
-    folder = f"{settings.model}/model" if has_model(settings.model) else settings.model
     with lock(settings.out) if processes()[0] == 0 else contextlib.nullcontext():
         rows = read_questions(settings.data, settings.audio_root)
-        wanted = stamp(settings, {"model": [folder],
+        wanted = stamp(settings, {"model": [model_folder(settings.model)],
                                   "data": [settings.data, *sorted({q.path for q in rows})]})
         with contextlib.suppress(OSError, TypeError):  # it may have no source
             wanted["reward"] = inspect.getsource(REWARD)

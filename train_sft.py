@@ -30,9 +30,9 @@ from torch import nn
 from tqdm import tqdm
 
 from echo import (SAMPLE_RATE, THUMBNAIL_RATE, TOKENS_PER_SECOND, Config, Echo, EchoError, batches,
-                  cut, first_line, has_model, load, main, make_encoder, optimizer_step,
-                  parse_settings, pick_device, processes, ran_out, read_decoder, save,
-                  sft_loss, split_segments, sum_over_processes)
+                  cut, first_line, has_model, load, main, make_encoder, model_folder,
+                  optimizer_step, parse_settings, pick_device, processes, ran_out, read_decoder,
+                  save, sft_loss, split_segments, sum_over_processes)
 from make_data import (NUMBERS, QUESTIONS, exact, from_edge, load_audio, lock, look_for, pick,
                        point_to, questions_about, read_questions, read_rows, segment_of,
                        write_atomically, write_row)
@@ -553,7 +553,7 @@ def run_stage(stage, settings, device):
     else:
         inputs = {"clips": [settings.clips, *(path for path, _ in read_clips(settings)[0])]}
     if before:
-        inputs["model"] = [before / "model" if has_model(before) else before]
+        inputs["model"] = [model_folder(before)]
     later = {"encoder": ("base_", "sft_", "projector_"), "base": ("sft_",), "sft": ()}[stage]
     wanted = stamp(settings, inputs, later)
     if is_finished(folder, wanted):
