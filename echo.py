@@ -604,9 +604,9 @@ def batches(items, size):
 def optimizer_step(optimizer, max_norm=1.0):
     """One step, on the gradient summed over processes and clipped; none if the gradient is 0."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if torch.distributed.is_initialized():
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    for p in parameters:  # without a gradient, too, so that any number of processes do the same
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if torch.distributed.is_initialized():
             torch.distributed.all_reduce(p.grad)
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
     if not norm.isfinite():
@@ -717,8 +717,10 @@ def read_decoder(name):
     except Exception as error:  # each library has its own for a file that is missing or broken
         raise EchoError(f"{name}: no whole decoder there ({first_line(error)})") from None
     kind, table = decoder.config.model_type, decoder.get_input_embeddings()
+    extra = [key for key in found["unexpected_keys"] if ".layers." in key]
     wrong = {f"a {kind} model; needed: Qwen2 or Qwen3": kind not in ("qwen2", "qwen3"),
              f"weights are missing: {sorted(found['missing_keys'])[:3]}": found["missing_keys"],
+             f"weights that its config.json has no place for: {sorted(extra)[:3]}": extra,
              "its tokenizer has no eos token": tokenizer.eos_token_id is None,
              f"more tokens than its {table.num_embeddings} embeddings":
                  len(tokenizer) > table.num_embeddings}
@@ -735,7 +737,11 @@ def make_encoder(name, folder=None):
         settings = transformers.WhisperConfig.from_pretrained(folder)
         whisper = transformers.WhisperForAudioClassification(settings)
     else:
-        whisper = transformers.WhisperModel.from_pretrained(name, dtype=torch.float32)
+        whisper, found = transformers.WhisperModel.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True)
+        refuse(name, {"weights of its encoder are missing or have no place in its config.json": [
+            key for keys in (found["missing_keys"], found["unexpected_keys"]) for key in keys
+            if "encoder." in key]})
     extractor = transformers.WhisperFeatureExtractor.from_pretrained(folder or name)
     return WhisperEncoder(whisper.encoder, extractor)
 
@@ -850,7 +856,7 @@ def main(run):
 def pick_device(train=False):
     """The device of this process, a GPU if there is one; for a training under torchrun the
     processes find each other."""
-    device, number = torch.device("cpu"), int(os.environ.get("LOCAL_RANK", 0))
+    device, number = torch.device("cpu"), int(os.environ.get("LOCAL_RANK") or 0)
     if torch.cuda.is_available():
         if number >= torch.cuda.device_count():
             raise EchoError(f"{torch.cuda.device_count()} GPUs; start as many processes at most")

@@ -174,6 +174,8 @@ def use(model, settings):
     if settings.html:  # the first ones, since each carries its audio
         write_page(settings.html, "Echo listens again", "".join(
             trace_html(q, r) for q, r in zip(questions[:60], responses) if r.logprobs))
+        if len(questions) > 60:
+            print(f"{settings.html} shows the first 60 of {len(questions)}", file=sys.stderr)
     unscored = sum(q.answer is None for q in questions)
     if unscored and settings.benchmark:
         print(f"{unscored} of {len(questions)} have no answer among their choices: not scored",

@@ -95,7 +95,8 @@ def read_sounds(folder):
     paths = [p for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith(hidden)]
     for path in tqdm(sorted(paths), "recordings"):
         name = unicodedata.normalize("NFC", path.name).lower()
-        kind = re.sub(r"[\W_]+", "-", name).strip("-")
+        kind = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in name)
+        kind = "-".join(kind.split())  # letters, their marks and numbers
         files = sorted(p for p in path.iterdir()
                        if p.suffix.lower() == ".wav" and not p.name.startswith(hidden))
         if kind in sounds or not kind or not files:
@@ -183,7 +184,7 @@ def synthesise(rng, recordings=None, clip_s=6.0):
         else:
             sound = carrier(kind, t[a:b], rng)
         level = 10 ** (rng.uniform(-22, -14) / 20)
-        clip[a:b] += level * sound * pulse_train(pulses, b - a, rng.choice([0.001, 0.004, 0.012]))
+        clip[a:b] += level * sound * pulse_train(pulses, b - a, rng.choice([0.0001, 0.004, 0.012]))
         events.append({"kind": kind, "start_s": start_s, "end_s": end_s, "pulses": pulses})
     if rng.random() < 0.5:  # half the rooms have an echo
         late = int(rng.uniform(0.03, 0.15) * SAMPLE_RATE)

@@ -611,7 +611,13 @@ def whisper(tmp_path_factory):
     return folder
 
 
-def test_encoders(model, whisper):
+def edit_config(folder, copy, **fields):
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | fields))
+
+
+def test_encoders(model, whisper, tmp_path):
     """A token for each begun piece of time. Whisper's: windows of 30 s, padding cut away; a
     thumbnail knows no detail."""
     other = micro(model.tokenizer, echo.make_encoder(str(whisper)), encoder=str(whisper))
@@ -627,6 +633,8 @@ def test_encoders(model, whisper):
         want = want.view(750, 2, -1).mean(1)[:(len(tokens) - 1) % 750 + 1]
         assert (tokens[-len(want):] - want).abs().max() < 1e-4
     test_a_thumbnail_lacks_the_detail(other)
+    edit_config(whisper, tmp_path / "two", encoder_layers=2)
+    assert "weights of its encoder" in error_of(echo.make_encoder, str(tmp_path / "two"))
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -694,13 +702,39 @@ def test_what_the_detector_learns(model):
     hum, bell = ({"kind": k, "start_s": a, "end_s": b, "pulses": n} for k, a, b, n in (
         ("hum", 0.62, 2.2, 2), ("bell", 2.2, 3.0, 3)))
     detector = train_sft.Detector(model, ["bell", "hum"])
-    kind, detail = detector.labels([hum, bell], 0.0, 8, 2).tolist()
-    end = len(detector.COUNTS)
-    assert kind == [-1, 1, 2, 2, 0, -1, -1, -1] and detail == [-1] * 4 + [end, end, -1, -1]
-    kind, count = detector.labels([hum, bell], 0.5, 50, 25).tolist()  # all of the hum, not the bell
-    in_order = [detector.COUNTS[c] for c, _ in itertools.groupby(c for c in count if c >= 0)]
-    assert in_order == [(2, 0), (2, 1)] and 38 < sum(c >= 0 for c in count) < 41
+    kind, detail, *counts = detector.labels([hum, bell], 0.0, 8, 2).tolist()
+    assert kind == [-1, 1, 2, 2, 0, -1, -1, -1] and counts == [[-1] * 8] * 2
+    assert detail == [-1] * 4 + [5, 5, -1, -1]  # five numbers before "end"
+    kind, *rest = detector.labels([hum, bell], 0.5, 50, 25).tolist()  # all of the hum, not the bell
+    detail, before, left = ([n for n, _ in itertools.groupby(row)] for row in rest)
     assert [k for k, _ in itertools.groupby(kind)][:6] == [-1, 1, -1, 1, -1, 0]
+    assert detail == [-1, 0, -1] and before == [-1, 0, 1, -1, 0, 1] and left == [-1, 1, 0, -1]
+    assert 38 < sum(d >= 0 for d in rest[0]) < 41
+
+
+def test_no_word_of_the_base_stage_is_in_pieces(data):
+    """Words of several tokens make the tiny decoder learn places far too late."""
+    settings = train_sft.Settings(clips=str(data / "clips.jsonl"))
+    described, kinds = train_sft.read_clips(settings)
+    model, rng = train_sft.new_model(settings, described), np.random.default_rng(0)
+    for path, events in described[:8] * 3:
+        places = tuple(make_data.segment_of(e) for e in events)
+        for write in (train_sft.whole_clip, train_sft.short_clips):
+            heard = train_sft.features_of(model)(path, places)
+            sample = write(model, *heard, make_data.exact(events), rng, kinds)
+            said = [model.tokenizer.decode([i]) for i in sample.ids if i != AUDIO]
+            assert not any(a[-1].isalpha() and b[0].isalpha() for a, b in zip(said, said[1:]))
+
+
+def test_where_pieces_begin():
+    """Half of them at the sounds that share a cell, half a little before the segment."""
+    sounds = [{"kind": "hum", "start_s": s, "end_s": e, "pulses": 2} for s, e in (
+        (0.0, 1.0), (1.0, 2.3), (2.3, 3.2), (4.0, 5.0))]  # the second and the third share one
+    rng = np.random.default_rng(0)
+    starts = [train_sft.piece_start(sounds, rng) for _ in range(400)]
+    assert 120 < sum(s in (1.0, 2.0) for s in starts) < 180  # 3/8 of them: 150
+    assert 50 < sum(1.5 < s < 2 for s in starts) < 105 and min(starts) == 0.0
+    assert {train_sft.piece_start(sounds[:1], rng) for _ in range(20)} == {0.0}
 
 
 def test_same_seed_same_bytes_and_no_shared_clips(data, tmp_path):
@@ -723,7 +757,7 @@ def test_recorded_sounds(tmp_path):
     for name in ("__MACOSX", "@eaDir", ".x", "siren"):
         (folder / name).mkdir(parents=True)
     (folder / "siren/._0.wav").write_bytes(b"Mac OS X")
-    for k, name in enumerate(("Big Drum", "siren", "\u00d6l", "gong", "\u0434\u043e\u043c")):
+    for k, name in enumerate(("Big Drum", "siren", "\u00d6l", "gong", "\u0918\u0902\u091f\u0940")):
         (folder / name).mkdir(exist_ok=True)
         for i in range(2):
             sound = wav_bytes(noise(0.3 + i, 10 * k + i).clamp(-1, 1))
@@ -732,7 +766,7 @@ def test_recorded_sounds(tmp_path):
     good(*job)
     clips = read_rows(tmp_path / "data/clips.jsonl")
     kinds = {e["kind"] for clip in clips for e in clip["A4_events"]}
-    assert kinds == {"big-drum", "siren", "\u00f6l", "gong", "\u0434\u043e\u043c"}
+    assert kinds == {"big-drum", "siren", "\u00f6l", "gong", "\u0918\u0902\u091f\u0940"}
     for sound in (np.full(8000, 0.5), np.arange(8000) % 4 / 2 ** 15):  # constant, dither
         (folder / "gong/0.WAV").write_bytes(wav_bytes(sound))
         assert "gong/0.WAV: silent" in mistake(*job)
@@ -949,6 +983,8 @@ def test_which_decoders_are_taken(qwen, tmp_path, write):
     Qwen3ForCausalLM(config).save_pretrained(tmp_path / "q3")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(qwen)
     tokenizer.save_pretrained(tmp_path / "q3")
+    edit_config(tmp_path / "q3", tmp_path / "one", num_hidden_layers=1, layer_types=None)
+    assert "has no place for" in error_of(echo.read_decoder, tmp_path / "one")
     three = pretrained(tmp_path / "q3")
     write(three, ["a <seg>0, 0.2</seg> b"])
     row, = respond(within(three, 100), [noise(1.0)], temperature=0.7)
