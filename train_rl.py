@@ -35,7 +35,7 @@ class Settings(GRPO):
     audio_root: str = ""        # audio paths are relative to it, or to the data file's folder
     out: str = "runs/rl"        # folder for the log, the save and the model
     listen: Literal[tuple(LISTEN)] = "segment"  # or nothing: text reasoning; silence, elsewhere
-    steps: int = 40             # the paper: one epoch of 21.9k rows
+    steps: int = 60             # the paper: one epoch of 21.9k rows
     questions: int = 16         # prompts a step; the paper: 64
     lr: float = 3e-4            # the paper: 1e-6, for 7 billion parameters
     projector_rate: float = 1.0  # the projector's learning rate, as a factor
