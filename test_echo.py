@@ -1191,3 +1191,7 @@ def test_generate_prints_and_draws(data, trained, tmp_path, monkeypatch, write):
     assert "&lt;script&gt;" in page and not re.search(r"(src|href)=[\"']?(https?:)?//", page)
     assert page.count('data-start="0.5" data-end="1.5"') == 2 and "outside the clip" in page
     assert (trained / "rl/report.html").read_text().count("<polyline") > 15
+    row = {"audio_path": "none.wav", "question": "q", "multi_choice": ["a", "b"]}
+    (tmp_path / "many.json").write_text(json.dumps([row] * 61))
+    assert "the first 60 of 61" in run("generate --benchmark", tmp_path / "many.json", "--html",
+                                       tmp_path / "many.html", "--model", tmp_path / "model")[2]
