@@ -739,9 +739,10 @@ def make_encoder(name, folder=None):
     else:
         whisper, found = transformers.WhisperModel.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True)
-        refuse(name, {"weights of its encoder are missing or have no place in its config.json": [
-            key for keys in (found["missing_keys"], found["unexpected_keys"]) for key in keys
-            if "encoder." in key]})
+        wrong = [key for key in (*found["missing_keys"], *found["unexpected_keys"])
+                 if "encoder." in key]
+        refuse(name, {"weights of its encoder are missing or have no place in its config.json":
+                      wrong})
     extractor = transformers.WhisperFeatureExtractor.from_pretrained(folder or name)
     return WhisperEncoder(whisper.encoder, extractor)
 

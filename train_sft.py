@@ -66,9 +66,8 @@ PRETRAINED = dict(base_steps=600, base_batch=8, base_lr=5e-5, sft_steps=20, sft_
                   sft_lr=2e-5, projector_rate=0.2, save_every=40, bf16=torch.cuda.is_available())
 
 
-def train_sft(model, training, settings):
+def train_sft(model, training, rows, settings):
     """The paper's stage 1: chains that point at segments, as text. No audio follows a tag here."""
-    rows = read_questions(settings.data, settings.audio_root, needs=("answer", "cot"))
     heard = features_of(model)
     for _ in training.steps(settings.sft_steps, "sft"):
         samples = []
@@ -510,10 +509,10 @@ def train_encoder(detector, training, described, settings):
               f"{training.folder} and try --encoder-steps {3 * settings.encoder_steps}")
 
 
-def train_base(model, training, settings):
+def train_base(model, training, described, kinds, settings):
     """Half of the samples describe a whole clip, half answer a question about short clips. So no
     question about a whole clip is answered, and no answer points to a segment."""
-    heard, (described, kinds) = features_of(model), read_clips(settings)
+    heard = features_of(model)
     mine = range(settings.base_batch)[training.rank::training.world]
     for step in training.steps(settings.base_steps, "base"):
         samples = []
@@ -577,7 +576,8 @@ def run_stage(stage, settings, device):
         rows = read_questions(settings.data, settings.audio_root, ("answer", "cot"))
         inputs = {"data": [settings.data, *sorted({q.path for q in rows})]}
     else:
-        inputs = {"clips": [settings.clips, *(path for path, _ in read_clips(settings)[0])]}
+        described, kinds = read_clips(settings)
+        inputs = {"clips": [settings.clips, *(path for path, _ in described)]}
     if before:
         inputs["model"] = [model_folder(before)]
     later = {"encoder": ("base_", "sft_", "projector_"), "base": ("sft_",), "sft": ()}[stage]
@@ -586,7 +586,6 @@ def run_stage(stage, settings, device):
         return
     if stage == "encoder":
         torch.manual_seed(settings.seed)
-        described, kinds = read_clips(settings)
         model = new_model(settings, described).to(device)
         detector = Detector(model, kinds).to(device)
         training = Training(folder, detector, settings, wanted)
@@ -599,8 +598,10 @@ def run_stage(stage, settings, device):
         training = Training(folder, model, settings, wanted,
                             {"projector": settings.projector_rate},
                             muon=stage == "base" and model.config.decoder == "tiny")
-        train = train_base if stage == "base" else train_sft
-        train(model, training, settings)
+        if stage == "base":
+            train_base(model, training, described, kinds, settings)
+        else:
+            train_sft(model, training, rows, settings)
     training.finish(model)
 
 
