@@ -48,6 +48,7 @@ class Settings:
     model: str = "runs/rl"           # checkpoint folder
     listen: Literal[tuple(LISTEN)] = "segment"  # or nothing: text reasoning; silence, elsewhere
     temperature: float = 0.0         # 0: greedy; the paper: 0.7
+    seed: int = 0                    # of the draws, where the temperature is above 0
     max_turns: int = 0               # segments heard in a response; 0: as the model has it
     max_new_tokens: int = 0          # sampled tokens of a response; 0: as the model has it
     bf16: bool = False               # bf16 arithmetic in the decoder
@@ -65,7 +66,7 @@ def set_limits(model, settings):
             model.config = replace(model.config, **{name: getattr(settings, name)})
 
 
-def answer(model, questions, listen=cut, batch=50, temperature=0.0):
+def answer(model, questions, listen=cut, batch=50, temperature=0.0, seed=0):
     """A Rollout for each Question; one whose clip can't be read has `ended` say why."""
     responses = []
     for some in tqdm(batches(questions, batch), "answers", leave=False, disable=processes()[0] > 0):
@@ -75,7 +76,9 @@ def answer(model, questions, listen=cut, batch=50, temperature=0.0):
                 waves[k] = load_audio(q.path)
             except (EchoError, OSError) as error:
                 rows[k] = Rollout(Sample(), None, None, ended=str(error))
-        heard = rollouts(model, [some[k] for k in waves], list(waves.values()), listen, temperature)
+        seeds = [(seed, len(responses) + k) for k in waves]
+        heard = rollouts(model, [some[k] for k in waves], list(waves.values()), listen, temperature,
+                         seeds)
         rows |= zip(waves, heard)
         responses += [rows[k] for k in range(len(some))]
     return responses
@@ -163,7 +166,7 @@ def use(model, settings):
     are written before anything is printed, since printing may fail."""
     questions = asked(settings)
     responses = answer(model, questions, LISTEN[settings.listen], settings.batch,
-                       settings.temperature)
+                       settings.temperature, settings.seed)
     broken = [f"{q.row.get('id', q.path)}: {r.ended}" for q, r in zip(questions, responses)
               if not r.logprobs]
     if broken and not settings.benchmark:

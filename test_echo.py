@@ -1080,7 +1080,10 @@ def test_own_rows_and_limits(data, trained, tmp_path):
     assert (config.max_new_tokens, config.max_turns) == (130, 2)
     clip = ["generate --max-new-tokens 5 --temperature 1 --clip", data / "audio/test/00000.wav",
             "--model", tmp_path / "rl", "--question", "What?"]
-    assert "(none, ended: length)" in good(*clip)
+    assert good(*clip) == good(*clip)  # draws, too, are repeated with the same seed
+    good(*clip, "--output", tmp_path / "out.json")
+    said = json.loads((tmp_path / "out.json").read_text())[0]["echo"]
+    assert len(load(tmp_path / "rl").tokenize(said["response"])) <= 5
     rows = [json.dumps(row | {"question": "q " * 60_000}) for row in read_rows(data / "rl.jsonl")]
     (tmp_path / "long.jsonl").write_text("\n".join(rows))
     code, out, err = run(*rl(trained, tmp_path / "long", "--data", tmp_path / "long.jsonl",
