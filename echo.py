@@ -2,37 +2,37 @@
 
 The whole method, where A is a clip and q a question about it:
 
-    x = prompt(A, q)                       # the clip, heard once (here coarsely), and the question
+    x = prompt(A, q)                # the clip, heard once, and the question
     until the response o ends with eos (or is too long):
-        o += sample(policy(x + o))         # one token of text
+        o += sample(policy(x + o))  # one token of text
         if o closes <seg>s, e</seg>:
-            o += enc(A[s:e])               # hear that part of the ORIGINAL waveform at full rate
-    R     = format + consistency + accuracy + segment          # the four rewards of a response
-    adv   = (R - mean R) / std R                               # within the group of one question
-    ratio = p(o) / p_old(o)                # of each sampled token, not of audio; old: before the
-                                           # step's updates
-    loss  = -min(ratio adv, clamp(ratio) adv) + kl_weight k3   # GRPO, arXiv 2402.03300; k3 is an
-                                           # estimate of each token's KL to the SFT policy
+            o += enc(A[s:e])        # hear that part of the ORIGINAL waveform at the full rate
+    R     = format + consistency + accuracy + segment  # the four rewards of a response
+    adv   = (R - mean R) / std R                       # within the group of one question
+    for each sampled token of o, not for its audio (GRPO, arXiv 2402.03300):
+        ratio = p / p_old                              # p_old: before the step's updates
+        k3    = exp(d) - d - 1, d = log p_ref - log p  # estimates the KL to the SFT policy
+        loss  = -min(ratio adv, clamp(ratio) adv) + kl_weight k3
 
 A response is plain text with tags in it. Stage 1 learns from chains of thought like this one:
 
     <think>the hum <seg>1.0, 2.5</seg> the hum has two pulses.</think><answer>two</answer>
 
-Stage 1, SFT, teaches to write such tags. As in the paper it is text only: the clip is in the prompt
-and no audio follows a tag, so the model learns where to point, not yet how to use what it hears
-there. It starts from a pretrained audio model. The toy's pretrained model is made in train_sft.py;
-it has met short clips at the full rate, since SFT shows coarse first listens only.
-Stage 2, RL, inserts the audio and rewards the result. Each stage repeats these lines:
+Stage 1, SFT, teaches to write such tags. As in the paper no audio follows a tag in it, so the model
+learns where to point, not yet how to use what it hears there. It starts from a pretrained audio
+model. For the toy, a world of simple sounds, train_sft.py makes one.
+Stage 2, RL, inserts the audio and rewards the result. A training repeats, for stage 1,
 
     prompt = policy.prompt(policy.hear([wave], first_listen=True)[0], question, choices)
     sft_loss(policy, [policy.add_response(prompt, chain), ...]).backward()
     optimizer_step(optimizer)                      # it holds all weights that require a gradient
 
-    reference = copy.deepcopy(policy).requires_grad_(False)        # the SFT policy, made once
+and for stage 2, with a frozen copy of the SFT policy as the reference,
+
     grpo_step(policy, reference, optimizer, questions, waves, seeds, GRPO())
 
-Settings are in train_sft.py and train_rl.py; the chains come from make_data.py. The method ends
-after section 6, GRPO.
+Learning rates and batches are in train_sft.py and train_rl.py, the chains come from make_data.py.
+The method ends after section 6, GRPO; section 7 has the two encoders.
 """
 # SPDX-License-Identifier: MIT
 import argparse
@@ -66,14 +66,14 @@ THUMBNAIL_RATE = 2      # tokens a second of a coarse first listen, a thumbnail:
 @dataclass
 class Config:
     """What a model is; saved with its weights."""
-    encoder: str = "small"        # or a Whisper checkpoint: a name or a local folder
-    decoder: str = "tiny"         # made in train_sft.py; or a Qwen checkpoint, as above
+    encoder: str = "small"        # SmallEncoder; or a Whisper checkpoint: a name or a local folder
+    decoder: str = "tiny"         # made in train_sft.py; or a Qwen checkpoint: a name or a folder
     thumbnail: bool = True        # the first listen is a thumbnail, so that listening again finds
                                   # something new; False: it is at the full rate, as in the paper
     min_segment_s: float = 0.2    # shorter segments are not inserted, as in the paper
     max_segment_s: float = 30.0   # our choice: one window of Whisper
     end_slack_s: float = 0.5      # our choice: an end at most this far past the clip is moved to
-                                  # the clip's end, since the prompt's last time is rounded up; the
+                                  # the clip's end, since a prompt about 5.7 s ends with "6.0"; the
                                   # paper's code moves any end
     max_turns: int = 8            # segments heard in one response, as in the paper
     max_new_tokens: int = 100     # sampled tokens of a response, our choice for the toy
@@ -82,7 +82,7 @@ class Config:
 # =================================================================================== 1 segment tags
 @dataclass
 class Segment:
-    """What a pair of tags asked for, and what came of it."""
+    """What a pair of tags asked for, and whether it is heard."""
     tag: str
     start_s: float | None = None
     end_s: float | None = None
@@ -101,15 +101,17 @@ def split_segments(text):
     pairs = []
     for part in parts:
         at = part.rfind("<seg>")
-        at = at if at >= 0 else len(part)
+        if at < 0:  # no <seg>: the tag is </seg> alone
+            at = len(part)
         pairs.append((part[:at], part[at:] + "</seg>"))
     return pairs, rest
 
 
 def parse_segment(tag, duration_s, turns=0, config=Config()):
-    """A closed tag -> Segment. It never raises: `refused` is the first that holds of "malformed"
-    (then without times), "outside the clip", "reversed", "too short", "too long" and "too many
-    turns". duration_s: of the clip; turns: how many segments this response has heard before."""
+    """A closed tag -> Segment. It never raises. An end just past the clip is moved to its end first
+    (Config.end_slack_s); then `refused` is the first of these that holds: "malformed" (without
+    times), "outside the clip", "reversed", "too short", "too long", "too many turns".
+    duration_s: of the clip; turns: how many segments this response has heard before."""
     match = TAG.fullmatch(tag)
     if not match:
         return Segment(tag, refused="malformed")
@@ -145,14 +147,16 @@ class Sample:
 
     def add(self, ids, trained=False, audio=None):
         """Append ids, or audio tokens with their features; returns the sample."""
+        if audio is None:
+            audio = [None] * len(ids)
         self.ids += ids
         self.trained += [trained] * len(ids)
-        self.audio += audio or [None] * len(ids)
+        self.audio += audio
         return self
 
     def add_audio(self, features):
-        """Append an audio token for each row of `features` (n, encoder dim). No marker surrounds
-        them: the text before says what they are."""
+        """Append an audio token for each row of `features` (n, encoder dim), without any marker
+        around them: an audio token looks like no token of text."""
         return self.add([AUDIO] * len(features), audio=list(features))
 
     @property
@@ -171,8 +175,9 @@ def pad_left(rows, device):
 class Echo(nn.Module):
     """Audio encoder, projector and a Qwen decoder; enc(.) of the paper is encoder, then projector.
     The encoder is frozen in both stages: its weights are Whisper's, or those of a sound-event
-    detector, which train_sft.py trains first. The projector and the decoder are trained, but not a
-    pretrained decoder's embeddings and head, since no token is new."""
+    detector, which train_sft.py trains first. The projector and the decoder are trained. Only the
+    embeddings and the head of a Qwen checkpoint stay as they are, since no token is added: tags
+    are spelled with ordinary ones."""
 
     def __init__(self, config, encoder, decoder, tokenizer):
         super().__init__()
@@ -184,7 +189,7 @@ class Echo(nn.Module):
         self.encoder.requires_grad_(False)
         for table in (decoder.get_input_embeddings(), decoder.get_output_embeddings()):
             table.requires_grad_(config.decoder == "tiny")
-        self.eval()  # for good: there is no dropout, in training neither
+        self.eval()  # in training, too: no layer uses dropout
 
     @property
     def device(self):
@@ -212,11 +217,13 @@ class Echo(nn.Module):
     def prompt(self, features, question, choices=()):
         """What a response continues: the first listen, its times as text, and the question.
             [audio]0.0[audio]0.5 ... [audio]5.5 6.0 How many pulses has the hum? Choose from ...
+            [audio]0.0[24 x audio][audio]1.0[24 x audio] ...                    (at the full rate)
         features: (n, encoder dim) of the first listen; [] for a question without a clip, which only
-        a base model gets. Each token of a thumbnail is followed by its start time; at the full rate
-        the first token of each second is. The last number is the end of the last token."""
+        the toy's pretrained model gets. A time stands behind the token that begins then; the last
+        number is the end of the last token."""
         sample = Sample()
         every = 1 if self.config.thumbnail else TOKENS_PER_SECOND  # audio tokens for each time
+        features = list(features)
         for i in range(0, len(features), every):
             sample.add_audio(features[i:i + 1])
             sample.add(self.tokenize(f"{i / self.first_rate:.1f}"))
@@ -234,25 +241,25 @@ class Echo(nn.Module):
 
     def embed(self, samples, n_cached=None):
         """Embeddings x (B, T, D) of each sample's ids and audio, padded on the left; and the mask
-        (B, T) of what is no padding. n_cached: how many ids of each sample a KV cache holds
-        already; only those after them are embedded."""
+        (B, T) of what is no padding. n_cached: how many ids of each sample the KV cache of
+        decode() holds already; only those after them are embedded."""
         n_cached = n_cached or [0] * len(samples)
         new = [s.ids[n:] for s, n in zip(samples, n_cached)]
         audio = [a for s, n in zip(samples, n_cached) for a in s.audio[n:] if a is not None]
         ids = pad_left(new, self.device)
         x = self.decoder.get_input_embeddings()(ids.clamp_min(0))  # AUDIO: replaced below
-        if audio:
+        if audio:  # it fills the gaps in reading order
             x = x.masked_scatter((ids == AUDIO)[..., None], self.projector(torch.stack(audio)))
         return x, pad_left([[1] * len(row) for row in new], self.device)
 
     def hidden(self, x, mask, cache=None):
         """(B, T, D) embeddings -> last hidden states (B, T, D). mask (B, cached + T) marks the real
-        tokens. They have positions 0, 1, 2, ..., text and audio alike; padding's do not matter, for
-        example mask 0 1 1 0 1, positions 0 0 1 1 2. A column attends to the columns before it,
-        which is the same as to the tokens before it, since padding is masked."""
-        position = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1]:]
+        tokens; padding may also stand between them (see decode). Real tokens have the positions 0,
+        1, 2, ..., text and audio alike: mask 0 1 1 0 1 has positions 0 0 1 1 2. Padding is masked,
+        so its own position does not matter."""
+        position = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1]:]  # of the new columns
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.decoder.model(  # `cache` was called past_key_values before transformers 5
+            return self.decoder.model(
                 inputs_embeds=x, attention_mask=mask, position_ids=position, cache=cache,
                 use_cache=cache is not None).last_hidden_state
 
@@ -264,10 +271,11 @@ class Echo(nn.Module):
     def forward(self, samples, temperature=1.0):
         """Log-probs of the trained tokens of each sample: a list of (n_i,)."""
         hidden = self.hidden(*self.embed(samples))
-        ids = pad_left([s.ids for s in samples], self.device)
+        ids = pad_left([s.ids for s in samples], self.device)[:, 1:]
         trained = pad_left([s.trained for s in samples], self.device)[:, 1:] > 0
-        logits = self.logits(hidden[:, :-1][trained]) / temperature    # position t - 1 predicts t
-        logp = -F.cross_entropy(logits, ids[:, 1:][trained], reduction="none")
+        before = hidden[:, :-1]                                  # position t - 1 predicts t
+        logits = self.logits(before[trained]) / temperature      # (trained tokens, V)
+        logp = -F.cross_entropy(logits, ids[trained], reduction="none")
         return logp.split([sum(s.trained) for s in samples])
 
 
@@ -316,15 +324,15 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
             for wave, seed in zip(waves, seeds, strict=True)]
     for row in rows:
         if len(row.wave) / SAMPLE_RATE * model.first_rate > room(model, row.wave):
-            row.ended = "prompt too long"  # known before the clip is encoded
+            row.ended = "prompt too long"  # its audio alone, so it need not be encoded
     fitting = [(row, q) for row, q in zip(rows, questions, strict=True) if not row.ended]
     first_listens = model.hear([row.wave for row, _ in fitting], first_listen=True)
     for (row, q), features in zip(fitting, first_listens):
         row.sample = model.prompt(features, q.question, q.choices)
         if len(row.sample.ids) > room(model, row.wave):
             row.ended = "prompt too long"
-    # For speed alone: autocast keeps its bf16 copies of the weights until the outermost context
-    # ends. This one, itself off, is the outermost, so they last from token to token.
+    # For speed alone: an outer autocast context, though itself off, keeps the bf16 copies of the
+    # weights from token to token.
     with torch.autocast(model.device.type, enabled=False):
         decode(model, [row for row in rows if not row.ended], listen, temperature)
     return rows
@@ -340,26 +348,29 @@ def room(model, wave):
 
 def sample_tokens(logits, rows, temperature):
     """The next token of each row and its log-prob: two lists. logits: (rows, V). A row draws one
-    random number and finds it in the cumulated probabilities; temperature 0 takes the likeliest."""
+    random number and looks it up in the cumulated probabilities; temperature 0 takes the likeliest.
+    """
     logp = (logits / (temperature or 1.0)).log_softmax(-1)
     if not logp.isfinite().any(-1).all():
         raise EchoError("the model's logits are not numbers; its training went wrong")
     if temperature:
         total = logp.exp().cumsum(-1)
         draw = torch.tensor([[row.draws.random()] for row in rows]).to(total)
-        token = torch.searchsorted(total, draw * total[:, -1:], right=True)
-        token = token.clamp_max(logp.shape[1] - 1)
+        draw = draw * total[:, -1:]  # the last total is 1 but for rounding
+        token = torch.searchsorted(total, draw, right=True).clamp_max(logp.shape[1] - 1)
     else:
         token = logp.argmax(-1, keepdim=True)
     return token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist()
 
 
 def decode(model, rows, listen, temperature):
-    """Write the responses of a batch in one KV cache. Each pass feeds a row what the cache lacks of
-    it: first its prompt, later the id sampled last, or audio. Rows with less are padded on the
-    left. Audio is inserted for all rows at once, when each waits for some or has ended: one row's
-    25 tokens would pad every other row by 25 columns. That is twice as fast. A waiting row draws
-    nothing and its positions stand still; once its last id is fed it gets padding only."""
+    """Write the responses of a batch, in place, in one KV cache. rows: Rollouts with a prompt.
+    A pass feeds each row the ids and audio that the cache lacks: first the prompt, later the id
+    sampled last, or audio. Rows with less are padded on the left. Every row that does not wait for
+    audio then samples one id (add_token); rows that ended leave the batch and the cache.
+    A waiting row draws nothing and is fed padding until ALL rows that are left wait; then audio is
+    inserted for all of them at once (listen_again). To insert it row by row would pad every other
+    row by the length of one row's audio and takes twice as long."""
     cache = transformers.DynamicCache(config=model.decoder.config)
     mask = torch.zeros(len(rows), 0, dtype=torch.long, device=model.device)
     while rows:
@@ -374,7 +385,7 @@ def decode(model, rows, listen, temperature):
         for k, token, logp in zip(active, tokens, logprobs):
             add_token(model, rows[k], token, logp, listen)
         stay = torch.tensor([not row.ended for row in rows], device=model.device)
-        if not stay.all():  # an ended row leaves the batch: 1.5 times as fast
+        if not stay.all():
             rows = [row for row in rows if not row.ended]
             mask = mask[stay]
             cache.batch_select_indices(stay)
@@ -383,11 +394,12 @@ def decode(model, rows, listen, temperature):
 
 
 def add_token(model, row, token, logp, listen):
-    """Append a sampled id. If its text closes a segment, the row waits for the audio, and the
-    segment counts as heard at once. A refused one has no audio, the text just goes on, as in the
-    paper after one that is too short. Refused are also "text reasoning", without `listen`, and "at
-    the limit of tokens", where nothing would follow. The audio goes after this id even if its text
-    goes on: "</seg>," may end in one token ">,"."""
+    """Append a sampled id and its log-prob; eos ends the row, it is not in the text, and so does
+    the limit of tokens. Each tag that this id closed becomes a Segment. A refused one, for a reason
+    of parse_segment's, or "text reasoning" without `listen`, or "at the limit of tokens", has no
+    audio and the text goes on, as in the paper. Any other is heard: the row waits for its audio.
+    It counts as heard at once, since one id may close two tags. The audio goes behind the id, even
+    if its text goes on: "</seg>," may end in one token ">,"."""
     row.sample.add([token], trained=True)
     row.logprobs.append(logp)
     if token == model.tokenizer.eos_token_id:
@@ -397,7 +409,7 @@ def add_token(model, row, token, logp, listen):
     if len(row.logprobs) >= model.config.max_new_tokens:
         row.ended = "length"
     tags = [tag for _, tag in split_segments(row.text)[0]]
-    for tag in tags[len(row.segments):]:  # those that this token closed: one, hardly ever two
+    for tag in tags[len(row.segments):]:  # those that this id closed
         duration_s = len(row.wave) / SAMPLE_RATE
         segment = parse_segment(tag, duration_s, len(row.heard_segments), model.config)
         if not segment.refused and not listen:
@@ -411,45 +423,48 @@ def add_token(model, row, token, logp, listen):
 
 
 def listen_again(model, rows, listen):
-    """Append what each waiting row asked to hear: x' = x + o + enc(A[s:e]) of the paper."""
+    """Append what each waiting row asked to hear, `listen` of the original clip, at the full rate,
+    in the order of its tags; then it waits no more. x' = x + o + enc(A[s:e]) of the paper."""
     asked = [(row, segment) for row in rows for segment in row.waiting]
     pieces = [listen(row.wave, s.start_s, s.end_s) for row, s in asked]
     for (row, _), features in zip(asked, model.hear(pieces)):  # no first listen: at the full rate
         row.sample.add_audio(features)
+    for row in rows:
         row.waiting = []
 
 
 # =============================================================================== 5 the four rewards
 def extract_answer(text):
-    """What stands in the one <answer> block, or None. There is no fall-back."""
+    """What stands in the one <answer> block; None if there is none, or several."""
     blocks = re.findall("<answer>(.*?)</answer>", text, re.S)
     return blocks[0].strip() if len(blocks) == 1 else None
 
 
 def is_right(text, question):
-    """Does the response's text give the question's answer? See find_choice."""
+    """Does the text give the question's answer? find_choice, in the plumbing, tells which choice a
+    text means: the same to the letter, else but for case, spaces and closing punctuation."""
     said = extract_answer(text)
     return said is not None and find_choice(said, question.choices) == question.answer
 
 
 def format_reward(text):
-    """0.5 for exactly one well-formed think block, then exactly one answer block."""
+    """0.5 for exactly one think block, then exactly one answer block, and nothing else."""
     match = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", text, re.S)
     return 0.5 if match and not re.search("</?(think|answer)>", match[1] + match[2]) else 0.0
 
 
 def consistency_reward(text):
-    """-0.1 for every </seg> after which the sentence does not go on: what comes next, after spaces,
-    is a capital or a tag (the paper), or no word comes before the next tag or the end (here); at
-    least -0.5."""
+    """-0.1 for every </seg> after which the sentence does not go on, at least -0.5. It goes on in
+    "</seg> the hum has two". It does not in "</seg> The hum" (a capital) and "</seg> <seg>" (a
+    tag), as in the paper, nor, our addition, in "</seg>. <seg>" or at the end (no word)."""
     after = [part.split("<")[0].strip() for part in text.split("</seg>")[1:]]  # up to the next tag
     broken_off = sum(not re.search(r"\w", said) or said[0].isupper() for said in after)
     return max(-0.5, -0.1 * broken_off)
 
 
 def paper_reward(rollout, question):
-    """The four rewards of the paper, by name; their sum lies between -0.5 and 1.5. accuracy: 0.5
-    for the right answer; segment: 0.5 more if at least one segment was heard."""
+    """The four rewards of the paper, by name; together -0.5 to 1.5. accuracy: 0.5 for the right
+    answer; segment: 0.5 more if at least one segment was heard."""
     right = is_right(rollout.text, question)
     return {"format": format_reward(rollout.text),
             "consistency": consistency_reward(rollout.text),
@@ -462,8 +477,8 @@ def paper_reward(rollout, question):
 class GRPO:
     group: int = 8              # responses to a question, as in the paper
     temperature: float = 1.0    # of the rollouts, as in the paper
-    mini_batches: int = 1       # updates a step; with 1 the ratio stays 1 and the clip is idle.
-                                # The paper: 2, so that its second one is off-policy.
+    mini_batches: int = 1       # updates a step. With 1 the policy is the old one, so the ratio is
+                                # 1 and never clipped. The paper: 2, the second is off-policy.
     clip_ratio: float = 0.2     # as in the paper
     kl_weight: float = 0.04     # of k3 against the SFT policy, as in the paper
     micro_batch: int = 8        # responses in one pass; gradients are accumulated over them
@@ -471,16 +486,18 @@ class GRPO:
 
 def group_advantages(rewards, eps=1e-4):
     """A_i = (R_i - mean(R)) / (std(R) + eps) within each group: (questions, G) -> (questions, G);
-    std divides by G. A flat group, whose rewards are all equal, gets exactly 0: it teaches nothing.
-    """
+    std divides by G. A flat group, whose rewards are all equal, gets exactly 0, which grpo_update
+    looks for."""
     mean, std = rewards.mean(1, keepdim=True), rewards.std(1, correction=0, keepdim=True)
     flat = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True) < 1e-9
     return ((rewards - mean) / (std + eps)).masked_fill(flat, 0.0)
 
 
 def grpo_loss(logp, old_logp, ref_logp, advantage, grpo):
-    """The GRPO objective of each token (arXiv 2402.03300, eq. 3 and 4) as a loss. The log-probs are
-    (n,), advantage is one number. Returns loss, k3, and whether the clipped term was smaller."""
+    """The GRPO objective of each token (arXiv 2402.03300, eq. 3 and 4) as a loss to minimise:
+    -min(ratio A, clamp(ratio) A) + kl_weight k3, with k3 = exp(d) - d - 1, d = ref_logp - logp. The
+    log-probs are (n,), A is one number. Returns three (n,): loss, k3, and 1.0 where the clipped
+    term was smaller."""
     ratio = torch.exp(logp - old_logp)
     free = ratio * advantage
     clipped = ratio.clamp(1 - grpo.clip_ratio, 1 + grpo.clip_ratio) * advantage
@@ -500,47 +517,53 @@ def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, liste
     waves = [wave for wave in waves for _ in range(grpo.group)]
     responses = rollouts(policy, questions, waves, listen, grpo.temperature, seeds)
     parts = [reward(r, q) for r, q in zip(responses, questions)]
-    rewards = total_rewards(parts, reward).view(-1, grpo.group)
+    rewards = total_rewards(parts, reward).view(-1, grpo.group)  # the sums of the parts
     for r, advantage in zip(responses, group_advantages(rewards).flatten().tolist()):
         r.advantage = advantage
     return responses, parts, grpo_update(policy, reference, optimizer, responses, grpo)
 
 
 def grpo_update(policy, reference, optimizer, responses, grpo):
-    """`grpo.mini_batches` updates, on consecutive shares of a step's responses. The loss is the
-    mean over a response's tokens, then over the update's responses on all processes, as in the
-    paper; those without an advantage count in that denominator alone. The ids are those that were
-    sampled, never tokenised again; inserted audio has no loss, eos has one. Returns means over the
-    tokens trained: loss, kl (k3), clip_share, and logp_gap, the mean |old log-prob - that at
-    sampling|; and the entropy, the mean of -log p at sampling over all sampled tokens."""
+    """`grpo.mini_batches` updates, one optimizer_step on each consecutive share of the responses.
+    Loss: the mean over a response's sampled tokens, eos included, audio not; then the mean over the
+    share's responses on all processes, as in the paper. Responses whose advantage is 0 are left
+    out, but that mean counts them. Log-probs: of the very ids that were sampled, at
+    grpo.temperature. Old ones are of the policy before the step, reference ones of `reference`.
+    Returns by name the means over the tokens that are not left out of loss, kl (k3), clip_share and
+    logp_gap, |old log-prob - log-prob at sampling|; and entropy, the mean of -log p at sampling
+    over all sampled tokens. The gradient is accumulated over grpo.micro_batch responses."""
     shares = batches(responses, math.ceil(len(responses) / grpo.mini_batches))
-    # A response whose advantage is 0, as in a flat group, would add nothing but its KL. We leave it
-    # out, which is 1.8x as fast; the paper keeps it.
-    updates = [batches([r for r in share if r.advantage and r.logprobs], grpo.micro_batch)
-               for share in shares]
-    # The old log-probs are of the policy before the step, so in the first update the ratio is 1.
-    # Decoding's are not used: its cached passes round differently, in bf16 too much for a ratio.
+    updates = []  # of batches of responses
+    for share in shares:
+        # One whose advantage is 0, as in a flat group, would only add its KL. The paper keeps it;
+        # without it a step is 1.8x as fast.
+        kept = [r for r in share if r.advantage and r.logprobs]
+        kept.sort(key=lambda r: len(r.sample.ids))  # less padding
+        updates.append(batches(kept, grpo.micro_batch))
+    # Old log-probs are not those of decoding: its cached passes round differently, in bf16 too much
+    # for a ratio. The first update has its own, below, since it begins with the old policy.
     with torch.no_grad():
         for batch in sum(updates, []):
-            samples = [r.sample for r in batch]
-            old_logps = policy(samples, grpo.temperature)
-            ref_logps = reference(samples, grpo.temperature)
-            for r, old_logp, ref_logp in zip(batch, old_logps, ref_logps):
-                r.old_logp = old_logp
+            for r, ref_logp in zip(batch, reference([r.sample for r in batch], grpo.temperature)):
                 r.ref_logp = ref_logp
+        for batch in sum(updates[1:], []):
+            for r, old_logp in zip(batch, policy([r.sample for r in batch], grpo.temperature)):
+                r.old_logp = old_logp
     seen = {"loss": [], "kl": [], "clip_share": [], "logp_gap": []}
-    for share, update in zip(shares, updates):
+    for number, (share, update) in enumerate(zip(shares, updates)):
         n_responses = sum_over_processes(len(share))
         for batch in update:
             batch_loss = 0.0
             for r, logp in zip(batch, policy([r.sample for r in batch], grpo.temperature)):
+                if number == 0:
+                    r.old_logp = logp.detach()
                 loss, k3, clipped = grpo_loss(logp, r.old_logp, r.ref_logp, r.advantage, grpo)
                 batch_loss = batch_loss + loss.mean() / n_responses
                 gap = (r.old_logp - logp.new_tensor(r.logprobs)).abs()
                 for name, x in zip(seen, (loss, k3, clipped, gap)):
                     seen[name] += x.tolist()
             batch_loss.backward()
-        optimizer_step(optimizer)
+        optimizer_step(optimizer)  # the gradient summed over processes and clipped to norm 1
     seen["entropy"] = [-logp for r in responses for logp in r.logprobs]
     return means({name: (sum(values), len(values)) for name, values in seen.items()})
 
@@ -857,17 +880,20 @@ def main(run):
 def pick_device(train=False):
     """The device of this process, a GPU if there is one; for a training under torchrun the
     processes find each other."""
-    device, number = torch.device("cpu"), int(os.environ.get("LOCAL_RANK") or 0)
-    if torch.cuda.is_available():
-        if number >= torch.cuda.device_count():
-            raise EchoError(f"{torch.cuda.device_count()} GPUs; start as many processes at most")
-        device = torch.device("cuda", number)
-        torch.cuda.set_device(device)
-    if train and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        try:
+    device = torch.device("cpu")
+    try:
+        number = int(os.environ.get("LOCAL_RANK") or 0)
+        several = train and int(os.environ.get("WORLD_SIZE") or 1) > 1
+        if torch.cuda.is_available():
+            if number >= torch.cuda.device_count():
+                raise ValueError(f"there are {torch.cuda.device_count()} GPUs, one for a process")
+            device = torch.device("cuda", number)
+            torch.cuda.set_device(device)
+        if several:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        except ValueError as error:
-            raise EchoError(f"WORLD_SIZE is set, but {first_line(error)}; use torchrun") from None
+    except ValueError as error:
+        raise EchoError(f"LOCAL_RANK, WORLD_SIZE or RANK: {first_line(error)}; use torchrun, "
+                        "or unset them") from None
     return device
 
 

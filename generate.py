@@ -297,7 +297,11 @@ lowest {min(values):.3g}, highest {max(values):.3g}<div class="plot">
 
 def report_page(folder):
     """report.html in a run's folder: what RL changed, large, then all other metrics of its log."""
-    log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    file = Path(folder) / "log.jsonl"
+    log = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not log:
+        print(f"{file}: empty or gone, so there is no report", file=sys.stderr)
+        return
     names = list(dict.fromkeys(name for entry in log for name in entry if name != "step"))
     held_out = "eval_" if "eval_accuracy" in names else ""
     large = [held_out + name for name in ("accuracy", "hits", "heard_s", "segments")] + ["reward"]

@@ -1010,8 +1010,9 @@ def test_streams_devices_and_memory(monkeypatch, capsys):
         with pytest.raises(SystemExit) as end:
             echo.main(mock.Mock(side_effect=error))
         assert end.value.code == 2 and "error: " in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "WORLD_SIZE is set" in error_of(echo.pick_device, train=True)
+    for several in ("2", "x"):
+        monkeypatch.setenv("WORLD_SIZE", several)
+        assert "WORLD_SIZE" in error_of(echo.pick_device, train=True)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -1055,6 +1056,8 @@ def test_a_run_goes_on_only_from_its_own_inputs(data, trained, tmp_path, monkeyp
     second = first.rename(tmp_path / "second run")
     good(*job, "--micro-batch", 3, "--out", second)
     assert [e["step"] for e in untimed(second)] == [2, 3, 3] and load(second)
+    (second / "log.jsonl").unlink()
+    assert "already trained" in good(*job, "--out", second)  # without a report
     (second / "settings.json").write_text("")
     assert "begun with another" in mistake(*job, "--out", second)
     shutil.rmtree(second / "model")
