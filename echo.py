@@ -20,7 +20,8 @@ A response is plain text with tags in it. Stage 1 learns from chains of thought 
 
 Stage 1, SFT, teaches to write such tags. As in the paper no audio follows a tag in it, so the model
 learns where to point, not yet how to use what it hears there. It starts from a pretrained audio
-model. For the toy, a world of simple sounds, train_sft.py makes one.
+model, which understands short clips already; for the toy, a world of simple sounds, train_sft.py
+makes one.
 Stage 2, RL, inserts the audio and rewards the result. A training repeats, for stage 1,
 
     prompt = policy.prompt(policy.hear([wave], first_listen=True)[0], question, choices)
@@ -301,7 +302,6 @@ class Rollout:
     cached: int = 0             # how many ids are in the KV cache
     advantage: float = 0.0      # of its reward within its group
     old_logp: torch.Tensor | None = None  # log-probs under the policy before the step's updates
-    ref_logp: torch.Tensor | None = None  # and under the reference policy
 
     @property
     def heard_segments(self):
@@ -533,31 +533,30 @@ def grpo_update(policy, reference, optimizer, responses, grpo):
     logp_gap, |old log-prob - log-prob at sampling|; and entropy, the mean of -log p at sampling
     over all sampled tokens. The gradient is accumulated over grpo.micro_batch responses."""
     shares = batches(responses, math.ceil(len(responses) / grpo.mini_batches))
-    updates = []  # of batches of responses
+    kept = []  # the responses of each share that are trained on
     for share in shares:
         # One whose advantage is 0, as in a flat group, would only add its KL. The paper keeps it;
         # without it a step is 1.8x as fast.
-        kept = [r for r in share if r.advantage and r.logprobs]
-        kept.sort(key=lambda r: len(r.sample.ids))  # less padding
-        updates.append(batches(kept, grpo.micro_batch))
+        update = [r for r in share if r.advantage and r.logprobs]
+        kept.append(sorted(update, key=lambda r: len(r.sample.ids)))  # by length: less padding
     # Old log-probs are not those of decoding: its cached passes round differently, in bf16 too much
-    # for a ratio. The first update has its own, below, since it begins with the old policy.
+    # for a ratio. Those of the first update are its own, below: it begins with the old policy.
     with torch.no_grad():
-        for batch in sum(updates, []):
-            for r, ref_logp in zip(batch, reference([r.sample for r in batch], grpo.temperature)):
-                r.ref_logp = ref_logp
-        for batch in sum(updates[1:], []):
+        for batch in batches(sum(kept[1:], []), grpo.micro_batch):
             for r, old_logp in zip(batch, policy([r.sample for r in batch], grpo.temperature)):
                 r.old_logp = old_logp
     seen = {"loss": [], "kl": [], "clip_share": [], "logp_gap": []}
-    for number, (share, update) in enumerate(zip(shares, updates)):
+    for number, (share, update) in enumerate(zip(shares, kept)):
         n_responses = sum_over_processes(len(share))
-        for batch in update:
+        for batch in batches(update, grpo.micro_batch):
+            samples = [r.sample for r in batch]
+            with torch.no_grad():
+                ref_logps = reference(samples, grpo.temperature)
             batch_loss = 0.0
-            for r, logp in zip(batch, policy([r.sample for r in batch], grpo.temperature)):
+            for r, logp, ref_logp in zip(batch, policy(samples, grpo.temperature), ref_logps):
                 if number == 0:
                     r.old_logp = logp.detach()
-                loss, k3, clipped = grpo_loss(logp, r.old_logp, r.ref_logp, r.advantage, grpo)
+                loss, k3, clipped = grpo_loss(logp, r.old_logp, ref_logp, r.advantage, grpo)
                 batch_loss = batch_loss + loss.mean() / n_responses
                 gap = (r.old_logp - logp.new_tensor(r.logprobs)).abs()
                 for name, x in zip(seen, (loss, k3, clipped, gap)):
