@@ -493,6 +493,12 @@ def load_audio(path):
     return torchaudio.functional.resample(torch.from_numpy(mono), rate, SAMPLE_RATE)
 
 
+def check_clips(questions):
+    """Read every clip once: a broken one is named before a training, not in the middle of it."""
+    for path in tqdm(sorted({q.path for q in questions}), "checking clips", leave=False):
+        load_audio(path)
+
+
 def read_rows(path, needs=()):
     """Rows of a JSON list or of JSON lines, each a dict with text under the keys `needs`."""
     try:

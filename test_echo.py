@@ -1040,6 +1040,13 @@ def test_a_run_goes_on_only_from_its_own_inputs(data, trained, tmp_path, monkeyp
     whole = clip.read_bytes()
     clip.write_bytes(wav_bytes(noise(6.0)))
     assert "begun with another data" in mistake(*job)
+    clip.write_bytes(whole[:-100])
+    point = tmp_path / "chains.jsonl"  # a row with a chain about the same clip
+    point.write_text(json.dumps(read_rows(rows)[0] | {"cot": "<think>a</think>"}))
+    for job_of, file in ((rl, rows), (sft, point)):
+        more = ["--data", file, "--audio-root", data, "--model", trained / "sft"]
+        assert "broken WAV" in mistake(*job_of(trained, tmp_path / "none"), *more)
+    assert not list((tmp_path / "none").rglob("model"))
     clip.write_bytes(whole)
     monkeypatch.setattr(train_rl, "REWARD", lambda r, q: {"x": 1.0})
     assert "begun with another reward" in mistake(*job)
