@@ -2,7 +2,7 @@
 
 The whole method, where A is a clip and q a question about it:
 
-    x = prompt(A, q)                # the clip, heard once, and the question
+    x = prompt(A, q)                # the clip, heard once (the toy: coarsely), and the question
     until the response o ends with eos (or is too long):
         o += sample(policy(x + o))  # one token of text
         if o closes <seg>s, e</seg>:
@@ -20,20 +20,21 @@ A response is plain text with tags in it. Stage 1 learns from chains of thought 
 
 Stage 1, SFT, teaches to write such tags. As in the paper no audio follows a tag in it, so the model
 learns where to point, not yet how to use what it hears there. It starts from a pretrained audio
-model, which understands short clips already; for the toy, a world of simple sounds, train_sft.py
-makes one.
+model, which understands short clips already; for the toy, synthetic sounds, train_sft.py makes one.
 Stage 2, RL, inserts the audio and rewards the result. A training repeats, for stage 1,
 
     prompt = policy.prompt(policy.hear([wave], first_listen=True)[0], question, choices)
-    sft_loss(policy, [policy.add_response(prompt, chain), ...]).backward()
-    optimizer_step(optimizer)                      # it holds all weights that require a gradient
+    samples = [policy.add_response(prompt, chain), ...]          # each row has a prompt of its own
+    sft_loss(policy, samples).backward()
+    optimizer_step(optimizer)
 
 and for stage 2, with a frozen copy of the SFT policy as the reference,
 
     grpo_step(policy, reference, optimizer, questions, waves, seeds, GRPO())
 
 Learning rates and batches are in train_sft.py and train_rl.py, the chains come from make_data.py.
-The method ends after section 6, GRPO; section 7 has the two encoders.
+The method ends after section 6, GRPO. Small helpers that it uses (batches, means, find_choice, ...)
+follow it; section 7 has the two encoders.
 """
 # SPDX-License-Identifier: MIT
 import argparse
@@ -74,8 +75,8 @@ class Config:
     min_segment_s: float = 0.2    # shorter segments are not inserted, as in the paper
     max_segment_s: float = 30.0   # our choice: one window of Whisper
     end_slack_s: float = 0.5      # our choice: an end at most this far past the clip is moved to
-                                  # the clip's end, since a prompt about 5.7 s ends with "6.0"; the
-                                  # paper's code moves any end
+                                  # the clip's end, since Echo.prompt says of a clip of 5.7 s that
+                                  # it ends at 6.0; the paper's code moves any end
     max_turns: int = 8            # segments heard in one response, as in the paper
     max_new_tokens: int = 100     # sampled tokens of a response, our choice for the toy
 
@@ -110,8 +111,8 @@ def split_segments(text):
 
 def parse_segment(tag, duration_s, turns=0, config=Config()):
     """A closed tag -> Segment. It never raises. An end just past the clip is moved to its end first
-    (Config.end_slack_s); then `refused` is the first of these that holds: "malformed" (without
-    times), "outside the clip", "reversed", "too short", "too long", "too many turns".
+    (Config.end_slack_s); then `refused` is the first of these that holds: "malformed" (the
+    times stay None), "outside the clip", "reversed", "too short", "too long", "too many turns".
     duration_s: of the clip; turns: how many segments this response has heard before."""
     match = TAG.fullmatch(tag)
     if not match:
@@ -156,8 +157,8 @@ class Sample:
         return self
 
     def add_audio(self, features):
-        """Append an audio token for each row of `features` (n, encoder dim), without any marker
-        around them: an audio token looks like no token of text."""
+        """Append an audio token for each row of `features` (n, encoder dim). The decoder tells them
+        from text without any marker."""
         return self.add([AUDIO] * len(features), audio=list(features))
 
     @property
@@ -208,7 +209,7 @@ class Echo(nn.Module):
         are 1.2x faster."""
         keys = [wave.numpy().tobytes() for wave in waves]
         features = {}
-        for size in {len(wave) for wave in waves}:
+        for size in {len(wave) for wave in waves}:  # a batch of the clips of each length
             distinct = {key: wave for key, wave in zip(keys, waves) if len(wave) == size}
             batch = torch.stack(list(distinct.values())).to(self.device)
             encoded = self.encoder(batch, thumbnail=first_listen and self.config.thumbnail)
@@ -228,7 +229,7 @@ class Echo(nn.Module):
         for i in range(0, len(features), every):
             sample.add_audio(features[i:i + 1])
             sample.add(self.tokenize(f"{i / self.first_rate:.1f}"))
-            sample.add_audio(features[i + 1:i + every])
+            sample.add_audio(features[i + 1:i + every])  # the rest of a second; of thumbnails none
         if len(features):
             sample.add(self.tokenize(f" {len(features) / self.first_rate:.1f}"))
         if choices:
@@ -260,7 +261,7 @@ class Echo(nn.Module):
         so its own position does not matter."""
         position = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1]:]  # of the new columns
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.decoder.model(
+            return self.decoder.model(  # older transformers call `cache` past_key_values
                 inputs_embeds=x, attention_mask=mask, position_ids=position, cache=cache,
                 use_cache=cache is not None).last_hidden_state
 
@@ -324,15 +325,15 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
             for wave, seed in zip(waves, seeds, strict=True)]
     for row in rows:
         if len(row.wave) / SAMPLE_RATE * model.first_rate > room(model, row.wave):
-            row.ended = "prompt too long"  # its audio alone, so it need not be encoded
+            row.ended = "prompt too long"  # by its audio alone, which is not encoded then
     fitting = [(row, q) for row, q in zip(rows, questions, strict=True) if not row.ended]
     first_listens = model.hear([row.wave for row, _ in fitting], first_listen=True)
     for (row, q), features in zip(fitting, first_listens):
         row.sample = model.prompt(features, q.question, q.choices)
         if len(row.sample.ids) > room(model, row.wave):
             row.ended = "prompt too long"
-    # For speed alone: an outer autocast context, though itself off, keeps the bf16 copies of the
-    # weights from token to token.
+    # For speed alone: autocast drops its bf16 copies of the weights where the outermost context
+    # ends. With this one, itself off, that is after the last token, not after each.
     with torch.autocast(model.device.type, enabled=False):
         decode(model, [row for row in rows if not row.ended], listen, temperature)
     return rows
@@ -365,12 +366,12 @@ def sample_tokens(logits, rows, temperature):
 
 def decode(model, rows, listen, temperature):
     """Write the responses of a batch, in place, in one KV cache. rows: Rollouts with a prompt.
-    A pass feeds each row the ids and audio that the cache lacks: first the prompt, later the id
-    sampled last, or audio. Rows with less are padded on the left. Every row that does not wait for
-    audio then samples one id (add_token); rows that ended leave the batch and the cache.
-    A waiting row draws nothing and is fed padding until ALL rows that are left wait; then audio is
-    inserted for all of them at once (listen_again). To insert it row by row would pad every other
-    row by the length of one row's audio and takes twice as long."""
+    1. Feed each row the ids and audio that the cache lacks of it: in the first pass its prompt,
+       later the id sampled last, with the audio that follows it, or nothing. Rows with less are
+       padded on the left.
+    2. Each row that does not wait for audio samples an id (add_token). Ended rows leave the batch.
+    3. If now all rows wait for audio, insert it for all of them (listen_again). To insert it for
+       each row at once takes twice as long, since one row's audio pads all other rows."""
     cache = transformers.DynamicCache(config=model.decoder.config)
     mask = torch.zeros(len(rows), 0, dtype=torch.long, device=model.device)
     while rows:
@@ -378,7 +379,7 @@ def decode(model, rows, listen, temperature):
         mask = torch.cat([mask, new_mask], 1)
         hidden = model.hidden(x, mask, cache)[:, -1]                             # (rows, D)
         for row in rows:
-            row.cached = len(row.sample.ids)
+            row.cached = len(row.sample.ids)  # without the id that is sampled now
         active = [k for k, row in enumerate(rows) if not row.waiting]
         logits = model.logits(hidden[active])  # padded on the left, an active row's last is real
         tokens, logprobs = sample_tokens(logits, [rows[k] for k in active], temperature)
@@ -394,12 +395,12 @@ def decode(model, rows, listen, temperature):
 
 
 def add_token(model, row, token, logp, listen):
-    """Append a sampled id and its log-prob; eos ends the row, it is not in the text, and so does
-    the limit of tokens. Each tag that this id closed becomes a Segment. A refused one, for a reason
-    of parse_segment's, or "text reasoning" without `listen`, or "at the limit of tokens", has no
-    audio and the text goes on, as in the paper. Any other is heard: the row waits for its audio.
-    It counts as heard at once, since one id may close two tags. The audio goes behind the id, even
-    if its text goes on: "</seg>," may end in one token ">,"."""
+    """Append a sampled id and its log-prob. Eos, which is not in the text, or else the limit of
+    tokens ends the row. Each tag that this id closed becomes a Segment. It is refused for a reason
+    of parse_segment's, else as "text reasoning" if `listen` is None, else as "at the limit of
+    tokens" if the row ended: then it has no audio and the text goes on, as in the paper. Any other
+    waits for its audio; it is marked as heard at once, since one id may close two tags. The audio
+    goes behind the id, even if its text goes on: "</seg>," may end in one token ">,"."""
     row.sample.add([token], trained=True)
     row.logprobs.append(logp)
     if token == model.tokenizer.eos_token_id:
@@ -441,8 +442,9 @@ def extract_answer(text):
 
 
 def is_right(text, question):
-    """Does the text give the question's answer? find_choice, in the plumbing, tells which choice a
-    text means: the same to the letter, else but for case, spaces and closing punctuation."""
+    """Does the text give the question's answer, one of its choices? find_choice tells which choice
+    a text means: the same to the letter, else but for case and spaces, else also but for quotes
+    around it and punctuation behind it."""
     said = extract_answer(text)
     return said is not None and find_choice(said, question.choices) == question.answer
 
@@ -454,9 +456,10 @@ def format_reward(text):
 
 
 def consistency_reward(text):
-    """-0.1 for every </seg> after which the sentence does not go on, at least -0.5. It goes on in
-    "</seg> the hum has two". It does not in "</seg> The hum" (a capital) and "</seg> <seg>" (a
-    tag), as in the paper, nor, our addition, in "</seg>. <seg>" or at the end (no word)."""
+    """-0.1 for every </seg> after which the sentence does not go on, but never below -0.5. It goes
+    on in "</seg> the hum has" (and counts as going on in "</seg>. The hum"). It does not in
+    "</seg> The hum" (a capital) and "</seg> <seg>" (a tag), as in the paper, nor, our addition, in
+    "</seg>. <seg>" or "</seg>." at the end (no word)."""
     after = [part.split("<")[0].strip() for part in text.split("</seg>")[1:]]  # up to the next tag
     broken_off = sum(not re.search(r"\w", said) or said[0].isupper() for said in after)
     return max(-0.5, -0.1 * broken_off)
@@ -477,8 +480,8 @@ def paper_reward(rollout, question):
 class GRPO:
     group: int = 8              # responses to a question, as in the paper
     temperature: float = 1.0    # of the rollouts, as in the paper
-    mini_batches: int = 1       # updates a step. With 1 the policy is the old one, so the ratio is
-                                # 1 and never clipped. The paper: 2, the second is off-policy.
+    mini_batches: int = 1       # updates a step. With 1 the ratio is 1 (its gradient is not 0) and
+                                # never clipped. The paper: 2, so that the second is off-policy.
     clip_ratio: float = 0.2     # as in the paper
     kl_weight: float = 0.04     # of k3 against the SFT policy, as in the paper
     micro_batch: int = 8        # responses in one pass; gradients are accumulated over them
@@ -510,9 +513,9 @@ def grpo_loss(logp, old_logp, ref_logp, advantage, grpo):
 def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, listen=cut,
               reward=paper_reward):
     """Stage 2, one step: roll out, reward, compare within each group, update. questions: objects
-    with .question, .choices and .answer; seeds: one for each response, question by question;
-    reward(rollout, question) -> {name: number}. Returns the Rollouts, their rewards by name, and
-    the metrics of grpo_update."""
+    with .question, .choices and .answer; waves: their clips; seeds: one for each response, question
+    by question; reward(rollout, question) -> {name: number}. Returns the Rollouts, their rewards by
+    name, and the metrics of grpo_update."""
     questions = [q for q in questions for _ in range(grpo.group)]
     waves = [wave for wave in waves for _ in range(grpo.group)]
     responses = rollouts(policy, questions, waves, listen, grpo.temperature, seeds)
@@ -524,14 +527,14 @@ def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, liste
 
 
 def grpo_update(policy, reference, optimizer, responses, grpo):
-    """`grpo.mini_batches` updates, one optimizer_step on each consecutive share of the responses.
-    Loss: the mean over a response's sampled tokens, eos included, audio not; then the mean over the
-    share's responses on all processes, as in the paper. Responses whose advantage is 0 are left
-    out, but that mean counts them. Log-probs: of the very ids that were sampled, at
-    grpo.temperature. Old ones are of the policy before the step, reference ones of `reference`.
-    Returns by name the means over the tokens that are not left out of loss, kl (k3), clip_share and
-    logp_gap, |old log-prob - log-prob at sampling|; and entropy, the mean of -log p at sampling
-    over all sampled tokens. The gradient is accumulated over grpo.micro_batch responses."""
+    """At most `grpo.mini_batches` updates, an optimizer_step on each consecutive share (of equal
+    size, rounded up) of the responses. Loss: the mean over a response's sampled tokens, eos
+    included, audio not; then the mean over the share's responses on all processes, as in the paper.
+    Responses whose advantage is 0, or without a token, are left out, but that mean counts them.
+    Log-probs are those of the very ids that were sampled, at grpo.temperature; old ones are of the
+    policy before the step, reference ones of `reference`.
+    Returns a dict of means: of loss, kl (k3), clip_share and logp_gap, |old log-prob - log-prob at
+    sampling|, over the tokens trained on; and of entropy, -log p at sampling, over all sampled."""
     shares = batches(responses, math.ceil(len(responses) / grpo.mini_batches))
     kept = []  # the responses of each share that are trained on
     for share in shares:
@@ -540,7 +543,8 @@ def grpo_update(policy, reference, optimizer, responses, grpo):
         update = [r for r in share if r.advantage and r.logprobs]
         kept.append(sorted(update, key=lambda r: len(r.sample.ids)))  # by length: less padding
     # Old log-probs are not those of decoding: its cached passes round differently, in bf16 too much
-    # for a ratio. Those of the first update are its own, below: it begins with the old policy.
+    # for a ratio. They are computed here, before any update; only in the first update the policy is
+    # still the old one, so its own log-probs serve (number == 0).
     with torch.no_grad():
         for batch in batches(sum(kept[1:], []), grpo.micro_batch):
             for r, old_logp in zip(batch, policy([r.sample for r in batch], grpo.temperature)):
@@ -557,12 +561,12 @@ def grpo_update(policy, reference, optimizer, responses, grpo):
                 if number == 0:
                     r.old_logp = logp.detach()
                 loss, k3, clipped = grpo_loss(logp, r.old_logp, ref_logp, r.advantage, grpo)
-                batch_loss = batch_loss + loss.mean() / n_responses
+                batch_loss = batch_loss + loss.mean() / n_responses  # summed over processes
                 gap = (r.old_logp - logp.new_tensor(r.logprobs)).abs()
                 for name, x in zip(seen, (loss, k3, clipped, gap)):
                     seen[name] += x.tolist()
             batch_loss.backward()
-        optimizer_step(optimizer)  # the gradient summed over processes and clipped to norm 1
+        optimizer_step(optimizer)  # it sums gradients over processes and clips them to norm 1
     seen["entropy"] = [-logp for r in responses for logp in r.logprobs]
     return means({name: (sum(values), len(values)) for name, values in seen.items()})
 
