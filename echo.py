@@ -48,6 +48,7 @@ import re
 import shutil
 import sys
 import typing
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -261,8 +262,8 @@ class Echo(nn.Module):
         so its own position does not matter."""
         position = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1]:]  # of the new columns
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.decoder.model(  # older transformers call `cache` past_key_values
-                inputs_embeds=x, attention_mask=mask, position_ids=position, cache=cache,
+            return self.decoder.model(
+                inputs_embeds=x, attention_mask=mask, position_ids=position, past_key_values=cache,
                 use_cache=cache is not None).last_hidden_state
 
     def logits(self, hidden):
@@ -574,6 +575,7 @@ def grpo_update(policy, reference, optimizer, responses, grpo):
 # ========================================================= The method ends here; plumbing follows.
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # bf16 gradients of NaN (torch 2.11)
+warnings.filterwarnings("ignore", "`past_key_values` is deprecated")  # "cache" from 5.21 on
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
