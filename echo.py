@@ -603,9 +603,9 @@ def find_choice(said, choices):
         return re.sub(r"^([\"'`])(.*)\1$", r"\2", text).strip()
 
     for form in (str, spelled, bare):
-        alike = [choice for choice in choices if form(choice) == form(said) != ""]
+        alike = {choice for choice in choices if form(choice) == form(said) != ""}
         if alike:
-            return alike[0] if len(alike) == 1 else None
+            return alike.pop() if len(alike) == 1 else None
     return None
 
 
@@ -750,6 +750,8 @@ def read_decoder(name):
              f"weights are missing: {sorted(found['missing_keys'])[:3]}": found["missing_keys"],
              f"weights that its config.json has no place for: {sorted(extra)[:3]}": extra,
              "its tokenizer has no eos token": tokenizer.eos_token_id is None,
+             "a sliding window, which padding between tokens would fill": "sliding_attention" in (
+                 getattr(decoder.config, "layer_types", None) or ()),
              f"more tokens than its {table.num_embeddings} embeddings":
                  len(tokenizer) > table.num_embeddings}
     refuse(name, wrong)
@@ -761,24 +763,31 @@ def make_encoder(name, folder=None):
     a new one, or the pretrained one of that name."""
     if name == "small":
         return SmallEncoder()
-    if folder:  # a model for classification, since it has no decoder
-        settings = transformers.WhisperConfig.from_pretrained(folder)
-        whisper = transformers.WhisperForAudioClassification(settings)
-    else:
-        whisper, found = transformers.WhisperModel.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True)
-        wrong = [key for key in (*found["missing_keys"], *found["unexpected_keys"])
-                 if "encoder." in key]
-        refuse(name, {"weights of its encoder are missing or have no place in its config.json":
-                      wrong})
-    extractor = transformers.WhisperFeatureExtractor.from_pretrained(folder or name)
+    wrong = []
+    try:
+        settings = transformers.WhisperConfig.from_pretrained(folder or name)
+        extractor = transformers.WhisperFeatureExtractor.from_pretrained(folder or name)
+        if folder:  # a model for classification, since it has no decoder
+            whisper = transformers.WhisperForAudioClassification(settings)
+        else:
+            whisper, found = transformers.WhisperModel.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True)
+            wrong = [key for key in (*found["missing_keys"], *found["unexpected_keys"])
+                     if "encoder." in key]
+    except Exception as error:
+        raise EchoError(f"{name}: no whole Whisper encoder there ({first_line(error)})") from None
+    refuse(name, {
+        "weights of its encoder are missing or have no place in its config.json": wrong,
+        "its preprocessor_config.json is not of its config.json": (
+            extractor.feature_size != settings.num_mel_bins
+            or extractor.nb_max_frames != 2 * settings.max_source_positions)})
     return WhisperEncoder(whisper.encoder, extractor)
 
 
 def save(model, folder):
     """Write a model's folder whole or not at all: decoder and tokenizer as transformers saves them,
     Whisper's settings in encoder/, all other weights in echo.pt, Config in echo.json."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # it may be a link
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -842,7 +851,7 @@ def parse_settings(cls, doc, defaults={}):
         if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction, "default": f.default}
         elif f.type == list[str]:
-            how = {"nargs": "*", "default": []}
+            how = {"nargs": "*", "default": [], "action": "extend"}
         elif typing.get_args(f.type):  # of a Literal
             how = {"choices": typing.get_args(f.type), "default": f.default}
         parser.add_argument(f"--{f.name.replace('_', '-')}", **how)
@@ -896,7 +905,7 @@ def pick_device(train=False):
             torch.cuda.set_device(device)
         if several:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise EchoError(f"LOCAL_RANK, WORLD_SIZE or RANK: {first_line(error)}; use torchrun, "
                         "or unset them") from None
     return device

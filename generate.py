@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from echo import (AUDIO, SAMPLE_RATE, EchoError, Rollout, Sample, batches, cut, extract_answer,
-                  is_right, load, main, means, parse_settings, pick_device, processes, rollouts,
-                  split_segments)
+                  is_right, load, main, means, model_folder, parse_settings, pick_device,
+                  processes, rollouts, split_segments)
 from make_data import (Question, load_audio, read_questions, segment_of, wav_bytes,
                        write_atomically)
 
@@ -66,8 +66,9 @@ def set_limits(model, settings):
             model.config = replace(model.config, **{name: getattr(settings, name)})
 
 
-def answer(model, questions, listen=cut, batch=50, temperature=0.0, seed=0):
-    """A Rollout for each Question; one whose clip can't be read has `ended` say why."""
+def answer(model, questions, listen=cut, batch=50, temperature=0.0, seed=0, done=None):
+    """A Rollout for each Question; one whose clip can't be read has `ended` say why. done(responses
+    so far) is called after each batch."""
     responses = []
     for some in tqdm(batches(questions, batch), "answers", leave=False, disable=processes()[0] > 0):
         waves, rows = {}, {}
@@ -81,6 +82,8 @@ def answer(model, questions, listen=cut, batch=50, temperature=0.0, seed=0):
                          seeds)
         rows |= zip(waves, heard)
         responses += [rows[k] for k in range(len(some))]
+        if done:
+            done(responses)
     return responses
 
 
@@ -126,6 +129,15 @@ def trace(rollout):
                      "segments": [asdict(s) for s in rollout.segments]}}
 
 
+def write_rows(path, questions, responses):
+    """The rows with their answers: a JSON list, or JSON lines if the file's name says so."""
+    rows = [q.row | trace(r) for q, r in zip(questions, responses)]
+    text = json.dumps(rows, ensure_ascii=False, indent=2)
+    if ".jsonl" in Path(path).suffixes:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(path, text)
+
+
 def print_clip(q, rollout):
     """The question, the response with a mark where it stopped to listen, and the answer."""
     pairs, rest = split_segments(rollout.text)
@@ -144,10 +156,14 @@ def asked(settings):
     clip, question, choices = settings.clip, settings.question, settings.choices
     data = settings.benchmark or clip or "data/test.jsonl"
     files = [Path(f).resolve() for f in (data, settings.output, settings.html) if f]
-    if len(set(files)) < len(files) or any(f.is_dir() for f in files[1:]):
-        raise EchoError("--output and --html: needed are different files, and not the input")
+    inside = any(model_folder(settings.model).resolve() in f.parents for f in files[1:])
+    if len(set(files)) < len(files) or inside or any(f.is_dir() for f in files[1:]):
+        raise EchoError("--output and --html: needed are different files, and not the input or the "
+                        "model's")
     if settings.benchmark and (clip or question or choices):
         raise EchoError("--benchmark has its own clips and questions; leave out --clip and others")
+    if settings.audio_root and not settings.benchmark:
+        raise EchoError("--audio-root is of a --benchmark; give either both or none")
     try:
         "".join([question, *choices]).encode()
     except UnicodeError:
@@ -163,17 +179,29 @@ def asked(settings):
 
 def use(model, settings):
     """Answer a question or a file of them; the exit code is 1 if one could not be answered. Files
-    are written before anything is printed, since printing may fail."""
+    are written before anything is printed, since printing may fail; what a killed benchmark has
+    answered is in OUTPUT.part."""
     questions = asked(settings)
+    if any(Path(settings.output).absolute() == q.path.absolute() for q in questions):
+        raise EchoError(f"--output {settings.output}: a clip of the benchmark; give another path")
+
+    part = Path(settings.output + ".part")
+
+    def done(responses):
+        for r in responses[60:]:  # no page shows them; many long clips would fill the memory
+            r.wave, r.sample.audio = None, []
+        if settings.output and settings.benchmark:
+            write_rows(part, questions, responses)
+
     responses = answer(model, questions, LISTEN[settings.listen], settings.batch,
-                       settings.temperature, settings.seed)
+                       settings.temperature, settings.seed, done)
     broken = [f"{q.row.get('id', q.path)}: {r.ended}" for q, r in zip(questions, responses)
               if not r.logprobs]
     if broken and not settings.benchmark:
         raise EchoError(broken[0])
     if settings.output:
-        rows = [q.row | trace(r) for q, r in zip(questions, responses)]
-        write_atomically(settings.output, json.dumps(rows, ensure_ascii=False, indent=2))
+        write_rows(settings.output, questions, responses)
+        part.unlink(missing_ok=True)
     if settings.html:  # the first ones, since each carries its audio
         write_page(settings.html, "Echo listens again", "".join(
             trace_html(q, r) for q, r in zip(questions[:60], responses) if r.logprobs))
@@ -298,9 +326,12 @@ lowest {min(values):.3g}, highest {max(values):.3g}<div class="plot">
 def report_page(folder):
     """report.html in a run's folder: what RL changed, large, then all other metrics of its log."""
     file = Path(folder) / "log.jsonl"
-    log = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    try:
+        log = [json.loads(line) for line in file.read_text().splitlines()]
+    except (OSError, ValueError):
+        log = []
     if not log:
-        print(f"{file}: empty or gone, so there is no report", file=sys.stderr)
+        print(f"{file}: empty, broken or gone, so there is no report", file=sys.stderr)
         return
     names = list(dict.fromkeys(name for entry in log for name in entry if name != "step"))
     held_out = "eval_" if "eval_accuracy" in names else ""

@@ -97,8 +97,10 @@ def read_sounds(folder):
         name = unicodedata.normalize("NFC", path.name).lower()
         kind = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in name)
         kind = "-".join(kind.split())  # letters, their marks and numbers
-        files = sorted(p for p in path.iterdir()
-                       if p.suffix.lower() == ".wav" and not p.name.startswith(hidden))
+        inside = sorted(p for p in path.iterdir() if not p.name.startswith(hidden))
+        files = [p for p in inside if p.suffix.lower() == ".wav"]
+        if len(files) < len(inside):
+            print(f"{path}: {len(inside) - len(files)} that are no .wav files are left out")
         if kind in sounds or not kind or not files:
             raise EchoError(f"{path}: {len(files)} WAV files for kind {kind!r}; needed: at least "
                             "one, and a name that no other folder has")
@@ -412,10 +414,12 @@ def lock(folder):
 
 def write_atomically(path, data):
     """Write text or bytes: whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path).resolve()  # a link stays one
+    if path.exists() and not path.is_file():
+        raise EchoError(f"{path}: not a file; give another path")
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
@@ -559,7 +563,8 @@ def read_questions(path, audio_root="", needs=("answer",)):
         clip = Path(audio_root or Path(path).parent) / audio
         if needs and ("\0" in audio or not clip.is_file()):
             raise EchoError(f"{where}: no such file: {str(clip)!r}")
-        category = str(row.get("category") or row.get("task") or "all")
+        category = row.get("category") or row.get("task") or "all"
+        category = ", ".join(map(str, category if isinstance(category, list) else [category]))
         questions.append(Question(row, clip, row["question"], choices, answer, category,
                                   sounds_of(row)))
     return questions

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: MIT
 import contextlib
 import copy
+import functools
 import io
 import itertools
 import json
@@ -36,6 +37,7 @@ from echo import (AUDIO, GRPO, Config, EchoError, Rollout, Sample, Segment, cut,
                   parse_segment, rollouts, save)
 from make_data import load_audio, read_questions, read_rows, wav_bytes
 
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
 HERE = Path(__file__).parent
 Asked = namedtuple("Asked", "question choices answer")
 torch.set_num_threads(1)  # quick for micro models, and other processes round alike
@@ -403,7 +405,7 @@ def test_rewards_by_hand(text, heard, parts):
     ("6'", ["6", "6'"], "6'"), ("6'", ["6", "7"], None), ("!", ["?", "!"], "!"),
     ("Hum.", ["hum"], "hum"), (".", ["?", "a"], None),
     (" 'the  HUM'; ", ["the hum", "hum"], "the hum"), ("a", ["A", "a."], "A"), ("", ["a"], None),
-    ("a.", ["A", "a", "b"], None), ("b?", ["b!", "b"], None)])
+    ("a.", ["A", "a", "b"], None), ("b?", ["b!", "b"], None), ("a", ["a", "b", "a"], "a")])
 def test_what_counts_as_the_answer(said, choices, want):
     """The nearest way of comparing that fits decides, if it fits one choice alone."""
     assert echo.find_choice(said, choices) == want
@@ -635,6 +637,11 @@ def test_encoders(model, whisper, tmp_path):
     test_a_thumbnail_lacks_the_detail(other)
     edit_config(whisper, tmp_path / "two", encoder_layers=2)
     assert "weights of its encoder" in error_of(echo.make_encoder, str(tmp_path / "two"))
+    (tmp_path / "two/model.safetensors").write_bytes(LFS)
+    assert "no whole Whisper encoder" in error_of(echo.make_encoder, str(tmp_path / "two"))
+    edit_config(whisper, tmp_path / "mels", num_mel_bins=80)
+    WhisperFeatureExtractor(feature_size=128).save_pretrained(tmp_path / "mels")
+    assert "preprocessor_config" in error_of(echo.make_encoder, str(tmp_path / "mels"))
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -762,8 +769,9 @@ def test_recorded_sounds(tmp_path):
         for i in range(2):
             sound = wav_bytes(noise(0.3 + i, 10 * k + i).clamp(-1, 1))
             (folder / name / f"{i}.WAV").write_bytes(sound)
+    (folder / "gong/2.mp3").write_bytes(b"ID3")
     job = ["make_data --train-clips 6 --test-clips 2 --sounds", folder, "--out", tmp_path / "data"]
-    good(*job)
+    assert "gong: 1 that are no .wav files are left out" in good(*job)
     clips = read_rows(tmp_path / "data/clips.jsonl")
     kinds = {e["kind"] for clip in clips for e in clip["A4_events"]}
     assert kinds == {"big-drum", "siren", "\u00f6l", "gong", "\u0918\u0902\u091f\u0940"}
@@ -861,7 +869,7 @@ def test_logs_of_the_training_scripts(trained):
         assert "projector.bias" not in frozen and "decoder.model.norm.weight" not in frozen
 
 
-def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
+def test_benchmark_rows_come_back_whole(data, trained, tmp_path, monkeypatch):
     """With the evaluators' keys; what can't be answered is named and counted; in batches or not."""
     rows = [{"id": str(i), "question": r["question"], "choices": r["multi_choice"], "task": "sound",
              "answer": r["answer"], "audio_path": r["audio_path"]}
@@ -873,6 +881,7 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
         return ["generate --model", trained / "rl", "--audio-root", data,
                 "--benchmark", tmp_path / "rows.json", "--output", out, *more]
     mmau = [{"audio_id" if k == "audio_path" else k: v for k, v in row.items()} for row in rows]
+    mmau[0]["category"] = ["sound"]
     assert re.search(r"accuracy_sound +(\S+)\naccuracy +\1\n", good(*job(mmau)))
     answers = "B", None, "A", None, mmau[4]["answer"]  # letters instead of choices, or nothing
     unknown = [row | {"answer": answer} for row, answer in zip(mmau, answers)]
@@ -890,6 +899,19 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
     code, _, err = run(*job(mmar, "--batch", 2))
     assert code == 1 and "2 of 5 can't" in err and "null byte" in err and "prompt too long" in err
     assert "not scored" not in err and done == json.loads(out.read_text())
+    with mock.patch.object(generate, "measure", side_effect=KeyboardInterrupt):
+        assert run(*job(mmar))[0] == 130  # after its output: nothing is left over
+    assert not list(tmp_path.glob("*.part"))
+    real, calls = generate.rollouts, []
+
+    def killed(*args):  # in the second batch
+        calls.append(args)
+        return real(*args) if len(calls) == 1 else os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(generate, "rollouts", killed)
+    assert run("generate --batch 3 --model", trained / "rl", "--audio-root", data, "--benchmark",
+               tmp_path / "rows.json", "--output", tmp_path / "lines.jsonl")[0] == 130
+    part = read_rows(tmp_path / "lines.jsonl.part")
+    assert [row["id"] for row in part] == ["0", "1", "2"] and not out.with_suffix(".jsonl").exists()
     for source, row, before in zip(mmar, done, whole, strict=True):
         assert source.items() <= row.items()
         answer = echo.extract_answer(row["echo"]["response"]) or ""
@@ -906,6 +928,10 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
     ("generate --clip a.wav --question \udce9", "not UTF-8"),
     ("generate --output a --html ./a", "needed are different files"),
     ("generate --clip a.wav --question q --html a.wav", "and not the input"),
+    ("generate --model m --output m/echo.json", "or the model's"),
+    ("generate --clip a.wav --question q --audio-root b", "--audio-root is of a --benchmark"),
+    ("generate --benchmark rows.jsonl --output a.wav", "a clip of the benchmark"),
+    ("train_rl --model m --out m", "lies in its own input, m"),
     ("generate --benchmark a.json --clip a.wav", "has its own clips"),
     ("train_sft --model runs --no-thumbnail", "that --model leaves out"),
     ("train_sft --seed 18446744073709551616", "--seed 18446744073709551616: must be at least 0"),
@@ -916,6 +942,7 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path):
     ("train_rl --step 3", "unknown: --step 3"),
     ("train_sft --clips bare.jsonl --out new", "row 1: needs 'A4_events'"),
     ("train_sft --clips few.jsonl --out new", "few.jsonl: 2 kinds of sound"),
+    ("train_sft --clips nul.jsonl --out new", "nul.jsonl, row 1: needs"),
     ("train_sft --no-thumbnail", "begun with another thumbnail; give"),
     ("train_rl --steps 9 --no-bf16", "begun with another steps; give"),
     ("train_sft --decoder no/qwen --out new", "no/qwen")])
@@ -925,8 +952,11 @@ def test_a_users_mistake_is_one_line(trained, tmp_path, monkeypatch, command, sa
     monkeypatch.chdir(tmp_path)
     event = {"kind": "hum", "start_s": 0.0, "end_s": 1.0}
     two = [event | {"pulses": 2}, {"kind": "bell", "start_s": 1.0, "end_s": 2.0, "pulses": 3}]
-    for file, events in (("bare", [event]), ("few", two)):
-        Path(f"{file}.jsonl").write_text(json.dumps({"audio_path": "a.wav", "A4_events": events}))
+    for file, events in (("bare", [event]), ("few", two), ("nul", two)):
+        row = {"audio_path": "\0" if file == "nul" else "a.wav", "A4_events": events}
+        Path(f"{file}.jsonl").write_text(json.dumps(row))
+    Path("rows.jsonl").write_text(json.dumps(ROW | {"audio_path": "a.wav"}))
+    shutil.copytree(trained / "sft/model", "m")
     name, *flags = command.split()
     usual = {"generate": ["generate", "--model", trained / "rl"],
              "train_rl": rl(trained, trained / "rl"), "train_sft": sft(trained, trained)}[name]
@@ -949,6 +979,12 @@ def test_checkpoints(model, qwen, whisper, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=OSError("the disk is full")))
     assert "b: can't be written" in error_of(make_data.write_atomically, tmp_path / "b", "text")
     assert not {"new", "b"} & {p.name for p in tmp_path.iterdir()}  # whole or not at all
+    assert "not a file" in error_of(make_data.write_atomically, tmp_path, "text")
+    monkeypatch.undo()
+    if os.name == "posix":
+        (tmp_path / "link").symlink_to(tmp_path / "tiny")
+        save(micro(model.tokenizer, echo.SmallEncoder()), tmp_path / "link")
+        assert (tmp_path / "link").is_symlink() and load(tmp_path / "tiny")
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n"
@@ -985,6 +1021,8 @@ def test_which_decoders_are_taken(qwen, tmp_path, write):
     tokenizer.save_pretrained(tmp_path / "q3")
     edit_config(tmp_path / "q3", tmp_path / "one", num_hidden_layers=1, layer_types=None)
     assert "has no place for" in error_of(echo.read_decoder, tmp_path / "one")
+    edit_config(tmp_path / "q3", tmp_path / "window", layer_types=["sliding_attention"] * 2)
+    assert "a sliding window" in error_of(echo.read_decoder, tmp_path / "window")
     three = pretrained(tmp_path / "q3")
     write(three, ["a <seg>0, 0.2</seg> b"])
     row, = respond(within(three, 100), [noise(1.0)], temperature=0.7)
@@ -1013,6 +1051,10 @@ def test_streams_devices_and_memory(monkeypatch, capsys):
     for several in ("2", "x"):
         monkeypatch.setenv("WORLD_SIZE", several)
         assert "WORLD_SIZE" in error_of(echo.pick_device, train=True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", mock.Mock(
+        side_effect=torch.distributed.DistNetworkError("the address is in use")))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "the address is in use" in error_of(echo.pick_device, train=True)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -1051,7 +1093,15 @@ def test_a_run_goes_on_only_from_its_own_inputs(data, trained, tmp_path, monkeyp
     monkeypatch.setattr(train_rl, "REWARD", lambda r, q: {"x": 1.0})
     assert "begun with another reward" in mistake(*job)
     monkeypatch.setattr(train_rl, "REWARD", echo.paper_reward)
+    monkeypatch.setattr(train_rl, "REWARD", functools.partial(echo.paper_reward))
+    assert "a plain function" in mistake(*job)
+    monkeypatch.setattr(train_rl, "REWARD", echo.paper_reward)
     (tmp_path / "sft/model/.DS_Store").write_bytes(b"Mac OS X")
+    (tmp_path / "sft/model/.cache").mkdir()
+    (tmp_path / "sft/model/.cache/file").write_bytes(b"Hugging Face")
+    for number in ("1", "2", "3"):  # folders that are called like a setting's value
+        (tmp_path / number).mkdir()
+    monkeypatch.chdir(tmp_path)
     shutil.copy(trained / "rl/model/echo.pt", tmp_path / "sft/model")
     assert "begun with another model" in mistake(*job)
     shutil.copy(trained / "sft/model/echo.pt", tmp_path / "sft/model")

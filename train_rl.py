@@ -120,7 +120,10 @@ def run():
         rows = read_questions(settings.data, settings.audio_root)
         wanted = stamp(settings, {"model": [model_folder(settings.model)],
                                   "data": [settings.data, *sorted({q.path for q in rows})]})
-        with contextlib.suppress(OSError, TypeError):  # it may have no source
+        if not inspect.isfunction(REWARD):
+            raise EchoError("REWARD: needed is a plain function, by whose text a run that was "
+                            "killed knows its reward again")
+        with contextlib.suppress(OSError):  # it may have no source
             wanted["reward"] = inspect.getsource(REWARD)
         if not is_finished(settings.out, wanted):
             train(policy, rows, settings, wanted)

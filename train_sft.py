@@ -108,8 +108,9 @@ def fingerprint(*paths):
     """A hash of what files hold, and the files of folders: moved or copied, it stays the same."""
     digest = hashlib.sha256()
     for path in map(Path, paths):
-        for file in sorted(path.rglob("[!.]*")) if path.is_dir() else [path]:
-            if file.is_file() or not path.is_dir():
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            dotted = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if not dotted and (file.is_file() or not path.is_dir()):
                 digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -120,12 +121,17 @@ NO_EFFECT = ("out", "model", "data", "clips", "test", "audio_root", "save_every"
 
 
 def stamp(settings, inputs, later=()):
-    """What a training's result depends on: settings, and {name: paths} of its inputs. later: how
-    names begin that only matter to later stages."""
-    kept = {name: fingerprint(value) if value and Path(str(value)).is_dir() else value
-            for name, value in asdict(settings).items()
+    """What a training's result depends on: settings, and {name: paths} of its inputs, which may not
+    hold its output. later: how names begin that only matter to later stages."""
+    kept = {name: value for name, value in asdict(settings).items()
             if name not in NO_EFFECT and not name.startswith(tuple(later))}
-    return kept | {name: fingerprint(*paths) for name, paths in inputs.items()}
+    models = {name: [kept[name]] for name in ("decoder", "encoder")
+              if name in kept and Path(kept[name]).is_dir()}
+    out = Path(settings.out).resolve()
+    for path in sum((models | inputs).values(), []):
+        if Path(path).is_dir() and Path(path).resolve() in (out, *out.parents):
+            raise EchoError(f"--out {settings.out} lies in its own input, {path}; give another")
+    return kept | {name: fingerprint(*paths) for name, paths in (models | inputs).items()}
 
 
 def is_finished(folder, wanted):
@@ -353,6 +359,7 @@ def read_clips(settings):
             events = sorted(row["A4_events"], key=lambda e: e["start_s"])
             good = {q["category"] for q in questions_about(events)} == set(QUESTIONS)
             good &= all(e["kind"].strip() and 0 <= e["start_s"] < e["end_s"] - 0.11 for e in events)
+            good &= "\0" not in row["audio_path"]
         except (TypeError, KeyError, AttributeError, ValueError, OverflowError):
             good = False
         if not good:
