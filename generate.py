@@ -182,9 +182,9 @@ def use(model, settings):
     are written before anything is printed, since printing may fail; what a killed benchmark has
     answered is in OUTPUT.part."""
     questions = asked(settings)
-    if any(Path(settings.output).absolute() == q.path.absolute() for q in questions):
-        raise EchoError(f"--output {settings.output}: a clip of the benchmark; give another path")
-
+    written = [Path(settings.output).absolute(), Path(settings.html).absolute()]
+    if any(q.path.absolute() in written for q in questions):
+        raise EchoError("--output or --html: a clip of the benchmark; give another path")
     part = Path(settings.output + ".part")
 
     def done(responses):
