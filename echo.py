@@ -98,8 +98,9 @@ TAG = re.compile(f"<seg>{NUMBER},{NUMBER}</seg>")  # <seg>2, 2.5</seg>
 
 
 def split_segments(text):
-    """Take a text apart at its closed tags: [(text before, "<seg>...</seg>"), ...], the rest. A
-    </seg> without a <seg> of its own counts as a tag, too, a malformed one."""
+    """Take a text apart at its closed tags: [(text before, "<seg>...</seg>"), ...], the rest. A tag
+    begins at the last <seg> before its </seg>; without one it is "</seg>" itself, a malformed tag.
+    """
     *parts, rest = text.split("</seg>")
     pairs = []
     for part in parts:
@@ -112,9 +113,9 @@ def split_segments(text):
 
 def parse_segment(tag, duration_s, turns=0, config=Config()):
     """A closed tag -> Segment. It never raises. An end just past the clip is moved to its end first
-    (Config.end_slack_s); then `refused` is the first of these that holds: "malformed" (the
-    times stay None), "outside the clip", "reversed", "too short", "too long", "too many turns".
-    duration_s: of the clip; turns: how many segments this response has heard before."""
+    (Config.end_slack_s); then `refused` is the first of these that holds: "malformed" (the times
+    stay None), "outside the clip" (start or end), "reversed", "too short", "too long", "too many
+    turns". duration_s: of the clip; turns: how many segments this response has heard before."""
     match = TAG.fullmatch(tag)
     if not match:
         return Segment(tag, refused="malformed")
@@ -303,7 +304,8 @@ class Rollout:
     ended: str | None = None    # "eos", "length", or "prompt too long": then there is no response
     cached: int = 0             # how many ids are in the KV cache
     advantage: float = 0.0      # of its reward within its group
-    old_logp: torch.Tensor | None = None  # log-probs under the policy before the step's updates
+    old_logp: torch.Tensor | None = None  # log-probs of the policy before the step's updates, set
+                                          # by grpo_update
 
     @property
     def heard_segments(self):
@@ -369,8 +371,9 @@ def decode(model, rows, listen, temperature):
     """Write the responses of a batch, in place, in one KV cache. rows: Rollouts with a prompt.
     1. Feed each row the ids and audio that the cache lacks of it: in the first pass its prompt,
        later the id sampled last, with the audio that follows it, or nothing. Rows with less are
-       padded on the left.
-    2. Each row that does not wait for audio samples an id (add_token). Ended rows leave the batch.
+       padded on the left; the mask knows all padding.
+    2. Each row that does not wait for audio samples an id (add_token). Ended rows leave the batch,
+       the mask and the cache (a transformers.DynamicCache has batch_select_indices for that).
     3. If now all rows wait for audio, insert it for all of them (listen_again). To insert it for
        each row at once takes twice as long, since one row's audio pads all other rows."""
     cache = transformers.DynamicCache(config=model.decoder.config)
@@ -451,7 +454,7 @@ def is_right(text, question):
 
 
 def format_reward(text):
-    """0.5 for exactly one think block, then exactly one answer block, and nothing else."""
+    """0.5 for exactly one think block, then exactly one answer block, and else only white space."""
     match = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", text, re.S)
     return 0.5 if match and not re.search("</?(think|answer)>", match[1] + match[2]) else 0.0
 
@@ -468,7 +471,7 @@ def consistency_reward(text):
 
 def paper_reward(rollout, question):
     """The four rewards of the paper, by name; together -0.5 to 1.5. accuracy: 0.5 for the right
-    answer; segment: 0.5 more if at least one segment was heard."""
+    answer; segment: 0.5 more if it is right and at least one segment was heard."""
     right = is_right(rollout.text, question)
     return {"format": format_reward(rollout.text),
             "consistency": consistency_reward(rollout.text),
@@ -529,11 +532,11 @@ def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, liste
 
 def grpo_update(policy, reference, optimizer, responses, grpo):
     """At most `grpo.mini_batches` updates, an optimizer_step on each consecutive share (of equal
-    size, rounded up) of the responses. Loss: the mean over a response's sampled tokens, eos
-    included, audio not; then the mean over the share's responses on all processes, as in the paper.
-    Responses whose advantage is 0, or without a token, are left out, but that mean counts them.
-    Log-probs are those of the very ids that were sampled, at grpo.temperature; old ones are of the
-    policy before the step, reference ones of `reference`.
+    size, rounded up) of the responses, in passes of grpo.micro_batch. Loss: the mean over a
+    response's sampled tokens, eos included, audio not; then the mean over the share's responses on
+    all processes, as in the paper. Responses whose advantage is 0, or without a token, are left
+    out, but that mean counts them. Log-probs are those of the very ids that were sampled, at
+    grpo.temperature; old ones are of the policy before the step, reference ones of `reference`.
     Returns a dict of means: of loss, kl (k3), clip_share and logp_gap, |old log-prob - log-prob at
     sampling|, over the tokens trained on; and of entropy, -log p at sampling, over all sampled."""
     shares = batches(responses, math.ceil(len(responses) / grpo.mini_batches))

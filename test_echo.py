@@ -387,6 +387,7 @@ GOOD = "<think>a <seg>1, 2</seg> the hum.</think><answer>hum</answer>"
     (GOOD.replace("</seg> the", "</seg>The"), 1, (0.5, -0.1, 0.5, 0.5)),
     (GOOD.replace("</seg> the hum.", "</seg>."), 1, (0.5, -0.1, 0.5, 0.5)),  # no word said
     (GOOD.replace("</seg> the", "</seg>, the"), 1, (0.5, 0, 0.5, 0.5)),
+    (GOOD.replace("</seg> the", "</seg>. The"), 1, (0.5, 0, 0.5, 0.5)),
     (GOOD.replace(" the hum.", "<seg>1, 2</seg>" * 6), 7, (0.5, -0.5, 0.5, 0.5)),
     ("a <seg>1, 2</seg>", 1, (0, -0.1, 0, 0)), ("<think>a</think> hum", 0, (0, 0, 0, 0)),
     ("<think>a</think><answer>Hum.</answer>", 0, (0.5, 0, 0.5, 0)),
@@ -506,7 +507,8 @@ def test_grpo_step_pairs_each_response_with_its_question_and_group(model, write,
 def test_flat_groups_teach_nothing_and_bad_gradients_end(model, write):
     """Nor does a question that does not fit, and it ends no run."""
     write(model, ["<answer>hum</answer>"] * 4)
-    policy, long = copy.deepcopy(model), Asked("what " * 20_000, ["a"], "a")
+    policy, long = within(copy.deepcopy(model), 50), Asked("what " * 3_000, ["a"], "a")
+    policy.decoder.config.max_position_embeddings = 2_000
     responses, _, metrics = echo.grpo_step(policy, model, sgd(policy, 1.0), [*asked(1), long],
                                            [noise(1.0)] * 2, range(4), GRPO(group=2))
     assert [*metrics] == ["entropy"]  # there is no mean over no token
