@@ -533,22 +533,19 @@ def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, liste
 def grpo_update(policy, reference, optimizer, responses, grpo):
     """At most `grpo.mini_batches` updates, an optimizer_step on each consecutive share (of equal
     size, rounded up) of the responses, in passes of grpo.micro_batch. Loss: the mean over a
-    response's sampled tokens, eos included, audio not; then the mean over the share's responses on
-    all processes, as in the paper. Responses whose advantage is 0, or without a token, are left
-    out, but that mean counts them. Log-probs are those of the very ids that were sampled, at
-    grpo.temperature; old ones are of the policy before the step, reference ones of `reference`.
-    Returns a dict of means: of loss, kl (k3), clip_share and logp_gap, |old log-prob - log-prob at
-    sampling|, over the tokens trained on; and of entropy, -log p at sampling, over all sampled."""
+    response's sampled tokens, eos included, audio not; then over the share's responses on all
+    processes, as in the paper. Responses without an advantage or a token are left out, but that
+    mean counts them. Log-probs: of the very ids that were sampled, at grpo.temperature. Returns
+    means by name: of the tokens trained on, loss, kl (k3), clip_share and logp_gap, |old log-prob -
+    log-prob at sampling|; of all sampled tokens, entropy, -log p at sampling."""
     shares = batches(responses, math.ceil(len(responses) / grpo.mini_batches))
-    kept = []  # the responses of each share that are trained on
+    kept = []
     for share in shares:
-        # One whose advantage is 0, as in a flat group, would only add its KL. The paper keeps it;
-        # without it a step is 1.8x as fast.
+        # Without an advantage only its KL would count; the paper keeps it, which is 1.8x as slow.
         update = [r for r in share if r.advantage and r.logprobs]
         kept.append(sorted(update, key=lambda r: len(r.sample.ids)))  # by length: less padding
-    # Old log-probs are not those of decoding: its cached passes round differently, in bf16 too much
-    # for a ratio. They are computed here, before any update; only in the first update the policy is
-    # still the old one, so its own log-probs serve (number == 0).
+    # Old log-probs are not decoding's, whose cached passes round differently, in bf16 too much for
+    # a ratio. In the first update the policy still is the old one, so its own serve (number == 0).
     with torch.no_grad():
         for batch in batches(sum(kept[1:], []), grpo.micro_batch):
             for r, old_logp in zip(batch, policy([r.sample for r in batch], grpo.temperature)):
@@ -567,8 +564,8 @@ def grpo_update(policy, reference, optimizer, responses, grpo):
                 loss, k3, clipped = grpo_loss(logp, r.old_logp, ref_logp, r.advantage, grpo)
                 batch_loss = batch_loss + loss.mean() / n_responses  # summed over processes
                 gap = (r.old_logp - logp.new_tensor(r.logprobs)).abs()
-                for name, x in zip(seen, (loss, k3, clipped, gap)):
-                    seen[name] += x.tolist()
+                for values, x in zip(seen.values(), (loss, k3, clipped, gap)):
+                    values += x.tolist()
             batch_loss.backward()
         optimizer_step(optimizer)  # it sums gradients over processes and clips them to norm 1
     seen["entropy"] = [-logp for r in responses for logp in r.logprobs]

@@ -169,7 +169,11 @@ def asked(settings):
     except UnicodeError:
         raise EchoError("--question, --choices: not UTF-8") from None
     if settings.benchmark:
-        return read_questions(settings.benchmark, settings.audio_root, needs=())
+        questions = read_questions(settings.benchmark, settings.audio_root, needs=())
+        written = [Path(settings.output).absolute(), Path(settings.html).absolute()]
+        if any(q.path.absolute() in written for q in questions):
+            raise EchoError("--output or --html: a clip of the benchmark; give another path")
+        return questions
     if clip and question:
         return [Question({}, Path(clip), question, choices, None, "", ())]
     if clip or question or choices:
@@ -182,9 +186,6 @@ def use(model, settings):
     are written before anything is printed, since printing may fail; what a killed benchmark has
     answered is in OUTPUT.part."""
     questions = asked(settings)
-    written = [Path(settings.output).absolute(), Path(settings.html).absolute()]
-    if any(q.path.absolute() in written for q in questions):
-        raise EchoError("--output or --html: a clip of the benchmark; give another path")
     part = Path(settings.output + ".part")
 
     def done(responses):
