@@ -32,7 +32,8 @@ import torch
 import torchaudio
 from tqdm import tqdm
 
-from echo import SAMPLE_RATE, EchoError, find_choice, main, parse_settings, refuse
+from echo import (SAMPLE_RATE, EchoError, find_choice, is_right, main, parse_segment,
+                  parse_settings, refuse, split_segments)
 
 SYNTHETIC = ("hum", "rumble", "buzz", "tone", "chirp", "bell", "whistle", "hiss")
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}  # pulses in a sound: the detail
@@ -497,12 +498,6 @@ def load_audio(path):
     return torchaudio.functional.resample(torch.from_numpy(mono), rate, SAMPLE_RATE)
 
 
-def check_clips(questions):
-    """Read every clip once: a broken one is named before a training, not in the middle of it."""
-    for path in tqdm(sorted({q.path for q in questions}), "checking clips", leave=False):
-        load_audio(path)
-
-
 def read_rows(path, needs=()):
     """Rows of a JSON list or of JSON lines, each a dict with text under the keys `needs`."""
     try:
@@ -568,6 +563,22 @@ def read_questions(path, audio_root="", needs=("answer",)):
         questions.append(Question(row, clip, row["question"], choices, answer, category,
                                   sounds_of(row)))
     return questions
+
+
+def check_rows(questions):
+    """Before a training: read every clip once, since a broken one would end it in the middle; and
+    count the chains that give another answer than their row, or point to what can't be heard."""
+    seconds, odd = {}, []
+    for path in tqdm(sorted({q.path for q in questions}), "checking clips", leave=False):
+        seconds[path] = len(load_audio(path)) / SAMPLE_RATE
+    for q in questions:
+        chain = str(q.row.get("cot") or "")
+        tags = [parse_segment(tag, seconds[q.path]) for _, tag in split_segments(chain)[0]]
+        if chain and (not is_right(chain, q) or any(segment.refused for segment in tags)):
+            odd.append(q)
+    if odd:
+        print(f"{len(odd)} of {len(questions)} chains give another answer than their row, or point "
+              f"to what can't be heard; the first: {odd[0].row.get('id', odd[0].path)}")
 
 
 if __name__ == "__main__":

@@ -1136,8 +1136,18 @@ def test_own_rows_and_limits(data, trained, tmp_path):
     which no prompt fits."""
     job = ["train_sft --sft-steps 1", "--model", trained / "base", "--data", data / "sft.jsonl",
            "--audio-root", data, "--clips", "none", "--out", tmp_path]
-    good(*job)
+    assert "chains give another answer" not in good(*job)
     assert "already trained" in good(*job)
+    chains = [f"<think>a {tag}</think><answer>{{}}</answer>"
+              for tag in ("<seg>0, 1</seg>", "<seg>0:01, 0:02</seg>", "<seg>9, 10</seg>")]
+    row = read_rows(data / "sft.jsonl")[0]
+    answers = [row["answer"]] * 3 + ["zebra"]
+    (tmp_path / "chains.jsonl").write_text("\n".join(
+        json.dumps(row | {"cot": c.format(a)}) for c, a in zip([*chains, chains[0]], answers)))
+    assert "3 of 4 chains give another answer" in good(*job, "--data", tmp_path / "chains.jsonl",
+                                                       "--out", tmp_path / "odd")
+    (tmp_path / "chains.jsonl").unlink()
+    shutil.rmtree(tmp_path / "odd")
     assert {p.name for p in tmp_path.iterdir()} == {".lock", "sft"}
     good(*rl(trained, tmp_path / "rl", "--steps 1 --max-new-tokens 130 --max-turns 2"))
     config = load(tmp_path / "rl").config

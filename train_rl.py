@@ -21,7 +21,7 @@ from tqdm import tqdm
 from echo import (GRPO, EchoError, grpo_step, load, main, means, model_folder, paper_reward,
                   parse_settings, pick_device, processes, sum_over_processes)
 from generate import LISTEN, answer, measure, report_page, set_limits
-from make_data import check_clips, load_audio, lock, read_questions
+from make_data import check_rows, load_audio, lock, read_questions
 from train_sft import Training, is_finished, linear_schedule, stamp
 
 REWARD = paper_reward  # or a function of your own: (rollout, question) -> {name: number}
@@ -52,7 +52,7 @@ PRETRAINED = dict(steps=16, questions=32, group=6, lr=1e-5, projector_rate=0.2, 
 
 
 def train(policy, rows, settings, wanted):
-    check_clips(rows)
+    check_rows(rows)
     reference = copy.deepcopy(policy).requires_grad_(False)
     test = []
     if settings.test != "none":

@@ -33,7 +33,7 @@ from echo import (SAMPLE_RATE, THUMBNAIL_RATE, TOKENS_PER_SECOND, Config, Echo, 
                   cut, first_line, has_model, load, main, make_encoder, model_folder,
                   optimizer_step, parse_settings, pick_device, processes, ran_out, read_decoder,
                   save, sft_loss, split_segments, sum_over_processes)
-from make_data import (NUMBERS, QUESTIONS, check_clips, exact, from_edge, load_audio, lock,
+from make_data import (NUMBERS, QUESTIONS, check_rows, exact, from_edge, load_audio, lock,
                        look_for, pick, point_to, questions_about, read_questions, read_rows,
                        segment_of, write_atomically, write_row)
 
@@ -610,7 +610,7 @@ def run_stage(stage, settings, device):
         if stage == "base":
             train_base(model, training, described, kinds, settings)
         else:
-            check_clips(rows)
+            check_rows(rows)
             train_sft(model, training, rows, settings)
     training.finish(model)
 
