@@ -2,7 +2,7 @@
 
 The whole method, where A is a clip and q a question about it:
 
-    x = prompt(A, q)                # the clip, heard once (the toy: coarsely), and the question
+    x = prompt(A, q)                # the clip, heard once (by default coarsely), and the question
     until the response o ends with eos (or is too long):
         o += sample(policy(x + o))  # one token of text
         if o closes <seg>s, e</seg>:
@@ -24,9 +24,9 @@ model, which understands short clips already; for the toy, synthetic sounds, tra
 Stage 2, RL, inserts the audio and rewards the result. A training repeats, for stage 1,
 
     prompt = policy.prompt(policy.hear([wave], first_listen=True)[0], question, choices)
-    samples = [policy.add_response(prompt, chain), ...]          # each row has a prompt of its own
-    sft_loss(policy, samples).backward()
-    optimizer_step(optimizer)
+    sample = policy.add_response(prompt, chain)
+    sft_loss(policy, [sample, ...]).backward()     # the samples of a batch
+    optimizer_step(optimizer)                      # of the weights that require a gradient
 
 and for stage 2, with a frozen copy of the SFT policy as the reference,
 
@@ -207,8 +207,8 @@ class Echo(nn.Module):
     @torch.no_grad()
     def hear(self, waves, first_listen=False):
         """Waveforms (N_i,) on the CPU -> features (n_i, encoder dim), which embed() projects. Clips
-        of equal length are encoded as one batch, without padding, and duplicates once: rollouts
-        are 1.2x faster."""
+        of equal length are encoded as one batch, so that none is padded for another, and
+        duplicates once: rollouts are 1.2x faster."""
         keys = [wave.numpy().tobytes() for wave in waves]
         features = {}
         for size in {len(wave) for wave in waves}:  # a batch of the clips of each length
@@ -222,9 +222,9 @@ class Echo(nn.Module):
         """What a response continues: the first listen, its times as text, and the question.
             [audio]0.0[audio]0.5 ... [audio]5.5 6.0 How many pulses has the hum? Choose from ...
             [audio]0.0[24 x audio][audio]1.0[24 x audio] ...                    (at the full rate)
-        features: (n, encoder dim) of the first listen; [] for a question without a clip, which only
-        the toy's pretrained model gets. A time stands behind the token that begins then; the last
-        number is the end of the last token."""
+        features: (n, encoder dim) of the first listen; [] without a clip, as in a part of the
+        toy's pretraining. A time stands behind the token that begins then; the last number is the
+        end of the last token."""
         sample = Sample()
         every = 1 if self.config.thumbnail else TOKENS_PER_SECOND  # audio tokens for each time
         features = list(features)
@@ -258,9 +258,9 @@ class Echo(nn.Module):
 
     def hidden(self, x, mask, cache=None):
         """(B, T, D) embeddings -> last hidden states (B, T, D). mask (B, cached + T) marks the real
-        tokens; padding may also stand between them (see decode). Real tokens have the positions 0,
-        1, 2, ..., text and audio alike: mask 0 1 1 0 1 has positions 0 0 1 1 2. Padding is masked,
-        so its own position does not matter."""
+        tokens; padding also stands between them, where decode() fed a row less than others. Real
+        tokens have the positions 0, 1, 2, ..., text and audio alike: mask 0 1 1 0 1 has positions
+        0 0 1 1 2. Padding is masked, so its own position does not matter."""
         position = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1]:]  # of the new columns
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return self.decoder.model(
@@ -335,8 +335,8 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
         row.sample = model.prompt(features, q.question, q.choices)
         if len(row.sample.ids) > room(model, row.wave):
             row.ended = "prompt too long"
-    # For speed alone: autocast drops its bf16 copies of the weights where the outermost context
-    # ends. With this one, itself off, that is after the last token, not after each.
+    # For speed alone: an outer autocast, though itself off, keeps the bf16 copies of the weights
+    # that the inner one makes, from token to token.
     with torch.autocast(model.device.type, enabled=False):
         decode(model, [row for row in rows if not row.ended], listen, temperature)
     return rows
@@ -370,12 +370,12 @@ def sample_tokens(logits, rows, temperature):
 def decode(model, rows, listen, temperature):
     """Write the responses of a batch, in place, in one KV cache. rows: Rollouts with a prompt.
     1. Feed each row the ids and audio that the cache lacks of it: in the first pass its prompt,
-       later the id sampled last, with the audio that follows it, or nothing. Rows with less are
+       later the id sampled last, the audio inserted since, both, or nothing. Rows with less are
        padded on the left; the mask knows all padding.
     2. Each row that does not wait for audio samples an id (add_token). Ended rows leave the batch,
        the mask and the cache (a transformers.DynamicCache has batch_select_indices for that).
-    3. If now all rows wait for audio, insert it for all of them (listen_again). To insert it for
-       each row at once takes twice as long, since one row's audio pads all other rows."""
+    3. If now all rows wait for audio, insert it for all of them (listen_again). To insert a row's
+       audio as soon as it asks takes twice as long, since it pads all other rows."""
     cache = transformers.DynamicCache(config=model.decoder.config)
     mask = torch.zeros(len(rows), 0, dtype=torch.long, device=model.device)
     while rows:
@@ -402,9 +402,9 @@ def add_token(model, row, token, logp, listen):
     """Append a sampled id and its log-prob. Eos, which is not in the text, or else the limit of
     tokens ends the row. Each tag that this id closed becomes a Segment. It is refused for a reason
     of parse_segment's, else as "text reasoning" if `listen` is None, else as "at the limit of
-    tokens" if the row ended: then it has no audio and the text goes on, as in the paper. Any other
-    waits for its audio; it is marked as heard at once, since one id may close two tags. The audio
-    goes behind the id, even if its text goes on: "</seg>," may end in one token ">,"."""
+    tokens" if the row ended. A refused tag gets no audio, the text goes on as in the paper. Any
+    other waits for its audio; it is marked as heard already, since one id may close two tags. The
+    audio goes behind the id, even if its text goes on: "</seg>," may end in one token ">,"."""
     row.sample.add([token], trained=True)
     row.logprobs.append(logp)
     if token == model.tokenizer.eos_token_id:
@@ -447,8 +447,8 @@ def extract_answer(text):
 
 def is_right(text, question):
     """Does the text give the question's answer, one of its choices? find_choice tells which choice
-    a text means: the same to the letter, else but for case and spaces, else also but for quotes
-    around it and punctuation behind it."""
+    a text means: it compares exactly, else without case and spaces, else also without quotes around
+    it and punctuation behind it. Without choices nothing is right."""
     said = extract_answer(text)
     return said is not None and find_choice(said, question.choices) == question.answer
 
@@ -545,7 +545,7 @@ def grpo_update(policy, reference, optimizer, responses, grpo):
         update = [r for r in share if r.advantage and r.logprobs]
         kept.append(sorted(update, key=lambda r: len(r.sample.ids)))  # by length: less padding
     # Old log-probs are not decoding's, whose cached passes round differently, in bf16 too much for
-    # a ratio. In the first update the policy still is the old one, so its own serve (number == 0).
+    # a ratio. Later shares get them here; the first takes its own below, as nothing changed yet.
     with torch.no_grad():
         for batch in batches(sum(kept[1:], []), grpo.micro_batch):
             for r, old_logp in zip(batch, policy([r.sample for r in batch], grpo.temperature)):
@@ -559,7 +559,7 @@ def grpo_update(policy, reference, optimizer, responses, grpo):
                 ref_logps = reference(samples, grpo.temperature)
             batch_loss = 0.0
             for r, logp, ref_logp in zip(batch, policy(samples, grpo.temperature), ref_logps):
-                if number == 0:
+                if number == 0:  # the policy is still the old one
                     r.old_logp = logp.detach()
                 loss, k3, clipped = grpo_loss(logp, r.old_logp, ref_logp, r.advantage, grpo)
                 batch_loss = batch_loss + loss.mean() / n_responses  # summed over processes
@@ -592,9 +592,9 @@ def refuse(where, wrong, advice=""):
 
 
 def find_choice(said, choices):
-    """The one choice that a text means, or None: the one that is the same to the letter; else but
-    for case and spaces; else also but for quotes around it and punctuation behind it. A comparison
-    that fits several choices decides nothing, so that "5 dB." and "5 dB" can be told apart."""
+    """The one choice that a text means, or None: the same to the letter; else but for case and
+    spaces; else also without punctuation behind it and quotes around it. The first comparison that
+    fits any choice decides: None if it fits several. So "5 dB" and ".5 dB" are told apart."""
     def spelled(text):
         return " ".join(text.casefold().split())
 
