@@ -897,13 +897,15 @@ def pick_device(train=False):
     device = torch.device("cpu")
     try:
         number = int(os.environ.get("LOCAL_RANK") or 0)
-        several = train and int(os.environ.get("WORLD_SIZE") or 1) > 1
+        world, rank = (int(os.environ.get(name) or 0) for name in ("WORLD_SIZE", "RANK"))
+        if train and 1 < world <= rank:
+            raise ValueError(f"rank {rank} of {world} processes")  # torch would wait for ever
         if torch.cuda.is_available():
             if number >= torch.cuda.device_count():
                 raise ValueError(f"there are {torch.cuda.device_count()} GPUs, one for a process")
             device = torch.device("cuda", number)
             torch.cuda.set_device(device)
-        if several:
+        if train and world > 1:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except (ValueError, RuntimeError) as error:
         raise EchoError(f"LOCAL_RANK, WORLD_SIZE or RANK: {first_line(error)}; use torchrun, "
