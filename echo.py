@@ -13,6 +13,7 @@ The whole method, where A is a clip and q a question about it:
         ratio = p / p_old                              # p_old: before the step's updates
         k3    = exp(d) - d - 1, d = log p_ref - log p  # estimates the KL to the SFT policy
         loss  = -min(ratio adv, clamp(ratio) adv) + kl_weight k3
+    minimise the mean over responses of the mean over a response's sampled tokens
 
 A response is plain text with tags in it. Stage 1 learns from chains of thought like this one:
 
@@ -179,9 +180,9 @@ def pad_left(rows, device):
 class Echo(nn.Module):
     """Audio encoder, projector and a Qwen decoder; enc(.) of the paper is encoder, then projector.
     The encoder is frozen in both stages: its weights are Whisper's, or those of a sound-event
-    detector, which train_sft.py trains first. The projector and the decoder are trained. Only the
-    embeddings and the head of a Qwen checkpoint stay as they are, since no token is added: tags
-    are spelled with ordinary ones."""
+    detector, which train_sft.py trains first. The projector and the decoder are trained, except
+    the embeddings and the head of a Qwen checkpoint, since no token is added: tags are spelled with
+    ordinary ones."""
 
     def __init__(self, config, encoder, decoder, tokenizer):
         super().__init__()
@@ -335,8 +336,8 @@ def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
         row.sample = model.prompt(features, q.question, q.choices)
         if len(row.sample.ids) > room(model, row.wave):
             row.ended = "prompt too long"
-    # For speed alone: an outer autocast, though itself off, keeps the bf16 copies of the weights
-    # that the inner one makes, from token to token.
+    # For speed alone: autocast clears its bf16 copies of the weights where the outermost context
+    # ends. This one does nothing else than to be the outermost, so that they last.
     with torch.autocast(model.device.type, enabled=False):
         decode(model, [row for row in rows if not row.ended], listen, temperature)
     return rows
@@ -370,8 +371,8 @@ def sample_tokens(logits, rows, temperature):
 def decode(model, rows, listen, temperature):
     """Write the responses of a batch, in place, in one KV cache. rows: Rollouts with a prompt.
     1. Feed each row the ids and audio that the cache lacks of it: in the first pass its prompt,
-       later the id sampled last, the audio inserted since, both, or nothing. Rows with less are
-       padded on the left; the mask knows all padding.
+       later the id sampled last, the audio inserted since, both, or, while it waits, nothing.
+       Rows with less are padded on the left; the mask knows all padding.
     2. Each row that does not wait for audio samples an id (add_token). Ended rows leave the batch,
        the mask and the cache (a transformers.DynamicCache has batch_select_indices for that).
     3. If now all rows wait for audio, insert it for all of them (listen_again). To insert a row's
@@ -403,8 +404,8 @@ def add_token(model, row, token, logp, listen):
     tokens ends the row. Each tag that this id closed becomes a Segment. It is refused for a reason
     of parse_segment's, else as "text reasoning" if `listen` is None, else as "at the limit of
     tokens" if the row ended. A refused tag gets no audio, the text goes on as in the paper. Any
-    other waits for its audio; it is marked as heard already, since one id may close two tags. The
-    audio goes behind the id, even if its text goes on: "</seg>," may end in one token ">,"."""
+    other waits for its audio; it is marked as heard already, so that a second tag that the same id
+    closes counts it. The audio goes behind the whole id: "</seg>," may end in one token ">,"."""
     row.sample.add([token], trained=True)
     row.logprobs.append(logp)
     if token == model.tokenizer.eos_token_id:
@@ -484,8 +485,8 @@ def paper_reward(rollout, question):
 class GRPO:
     group: int = 8              # responses to a question, as in the paper
     temperature: float = 1.0    # of the rollouts, as in the paper
-    mini_batches: int = 1       # updates a step. With 1 the ratio is 1 (its gradient is not 0) and
-                                # never clipped. The paper: 2, so that the second is off-policy.
+    mini_batches: int = 1       # updates a step. In the first p is still p_old: the ratio is 1, its
+                                # gradient matters, nothing is clipped. The paper has a second.
     clip_ratio: float = 0.2     # as in the paper
     kl_weight: float = 0.04     # of k3 against the SFT policy, as in the paper
     micro_batch: int = 8        # responses in one pass; gradients are accumulated over them
@@ -534,8 +535,8 @@ def grpo_update(policy, reference, optimizer, responses, grpo):
     """At most `grpo.mini_batches` updates, an optimizer_step on each consecutive share (of equal
     size, rounded up) of the responses, in passes of grpo.micro_batch. Loss: the mean over a
     response's sampled tokens, eos included, audio not; then over the share's responses on all
-    processes, as in the paper. Responses without an advantage or a token are left out, but that
-    mean counts them. Log-probs: of the very ids that were sampled, at grpo.temperature. Returns
+    processes, as in the paper. Responses whose advantage is 0, or without a token, are left out of
+    the sum, not of that mean's count. Log-probs are of the sampled ids at grpo.temperature. Returns
     means by name: of the tokens trained on, loss, kl (k3), clip_share and logp_gap, |old log-prob -
     log-prob at sampling|; of all sampled tokens, entropy, -log p at sampling."""
     shares = batches(responses, math.ceil(len(responses) / grpo.mini_batches))
@@ -544,8 +545,8 @@ def grpo_update(policy, reference, optimizer, responses, grpo):
         # Without an advantage only its KL would count; the paper keeps it, which is 1.8x as slow.
         update = [r for r in share if r.advantage and r.logprobs]
         kept.append(sorted(update, key=lambda r: len(r.sample.ids)))  # by length: less padding
-    # Old log-probs are not decoding's, whose cached passes round differently, in bf16 too much for
-    # a ratio. Later shares get them here; the first takes its own below, as nothing changed yet.
+    # p_old is not decoding's, whose cached passes round differently, in bf16 too much for a ratio.
+    # Later shares get it here, before any update; the first has it from its own pass, below.
     with torch.no_grad():
         for batch in batches(sum(kept[1:], []), grpo.micro_batch):
             for r, old_logp in zip(batch, policy([r.sample for r in batch], grpo.temperature)):
@@ -559,7 +560,7 @@ def grpo_update(policy, reference, optimizer, responses, grpo):
                 ref_logps = reference(samples, grpo.temperature)
             batch_loss = 0.0
             for r, logp, ref_logp in zip(batch, policy(samples, grpo.temperature), ref_logps):
-                if number == 0:  # the policy is still the old one
+                if number == 0:  # p is still p_old
                     r.old_logp = logp.detach()
                 loss, k3, clipped = grpo_loss(logp, r.old_logp, ref_logp, r.advantage, grpo)
                 batch_loss = batch_loss + loss.mean() / n_responses  # summed over processes
