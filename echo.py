@@ -322,8 +322,8 @@ def cut(wave, start_s, end_s):
 def rollouts(model, questions, waves, listen=cut, temperature=1.0, seeds=None):
     """Decode a response to each question about its clip: in training, evaluation and use.
     questions: objects with .question and .choices; waves: their clips, (N,); listen(wave, start_s,
-    end_s) -> the waveform that is heard; listen=None: text reasoning, nothing is heard; temperature
-    0 is greedy; seeds: a number or a tuple for each response. Returns Rollouts."""
+    end_s) -> the waveform that is heard; listen=None: text reasoning, nothing is heard again;
+    temperature 0 is greedy; seeds: a number or a tuple for each response. Returns Rollouts."""
     seeds = seeds or [None] * len(waves)
     rows = [Rollout(Sample(), wave, np.random.default_rng(seed))
             for wave, seed in zip(waves, seeds, strict=True)]
@@ -448,8 +448,8 @@ def extract_answer(text):
 
 def is_right(text, question):
     """Does the text give the question's answer, one of its choices? find_choice tells which choice
-    a text means: it compares exactly, else without case and spaces, else also without quotes around
-    it and punctuation behind it. Without choices nothing is right."""
+    a text means: it compares exactly, else but for case and how many spaces, else also without
+    quotes around it and punctuation behind it. Without choices nothing is right."""
     said = extract_answer(text)
     return said is not None and find_choice(said, question.choices) == question.answer
 
@@ -593,15 +593,15 @@ def refuse(where, wrong, advice=""):
 
 
 def find_choice(said, choices):
-    """The one choice that a text means, or None: the same to the letter; else but for case and
-    spaces; else also without punctuation behind it and quotes around it. The first comparison that
-    fits any choice decides: None if it fits several. So "5 dB" and ".5 dB" are told apart."""
+    """The one choice that a text means, or None: the same to the letter; else but for case and how
+    many spaces; else also without quotes around it and punctuation behind it. The first comparison
+    that fits any choice decides: None if it fits several. "5 dB" is not ".5 dB"."""
     def spelled(text):
         return " ".join(text.casefold().split())
 
     def bare(text):
         text = spelled(text).rstrip(".,;:!? ")
-        return re.sub(r"^([\"'`])(.*)\1$", r"\2", text).strip()
+        return re.sub(r"^([\"'`])(.*)\1$", r"\2", text).rstrip(".,;:!? ").lstrip()
 
     for form in (str, spelled, bare):
         alike = {choice for choice in choices if form(choice) == form(said) != ""}

@@ -406,7 +406,8 @@ def test_rewards_by_hand(text, heard, parts):
     ("6'", ["6", "6'"], "6'"), ("6'", ["6", "7"], None), ("!", ["?", "!"], "!"),
     ("Hum.", ["hum"], "hum"), (".", ["?", "a"], None),
     (" 'the  HUM'; ", ["the hum", "hum"], "the hum"), ("a", ["A", "a."], "A"), ("", ["a"], None),
-    ("a.", ["A", "a", "b"], None), ("b?", ["b!", "b"], None), ("a", ["a", "b", "a"], "a")])
+    ("a.", ["A", "a", "b"], None), ("b?", ["b!", "b"], None), ("a", ["a", "b", "a"], "a"),
+    ('"Two."', ["two", "ten"], "two"), ("'.5 dB.'", ["5 dB", ".5 dB"], ".5 dB")])
 def test_what_counts_as_the_answer(said, choices, want):
     """The nearest way of comparing that fits decides, if it fits one choice alone."""
     assert echo.find_choice(said, choices) == want
