@@ -1121,8 +1121,9 @@ def test_a_run_goes_on_only_from_its_own_inputs(data, trained, tmp_path, monkeyp
     second = first.rename(tmp_path / "second run")
     good(*job, "--micro-batch", 3, "--out", second)
     assert [e["step"] for e in untimed(second)] == [2, 3, 3] and load(second)
-    (second / "log.jsonl").unlink()
-    assert "already trained" in good(*job, "--out", second)  # without a report
+    for broken in ("", "{", "\0"):
+        (second / "log.jsonl").write_text(broken)
+        assert "already trained" in good(*job, "--out", second)  # without a report
     (second / "settings.json").write_text("")
     assert "begun with another" in mistake(*job, "--out", second)
     shutil.rmtree(second / "model")
