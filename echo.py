@@ -903,7 +903,8 @@ def pick_device(train=False):
             raise ValueError(f"rank {rank} of {world} processes")  # torch would wait for ever
         if torch.cuda.is_available():
             if number >= torch.cuda.device_count():
-                raise ValueError(f"there are {torch.cuda.device_count()} GPUs, one for a process")
+                raise EchoError(f"{torch.cuda.device_count()} GPUs; start as many processes at "
+                                "most")
             device = torch.device("cuda", number)
             torch.cuda.set_device(device)
         if train and world > 1:

@@ -37,6 +37,7 @@ def elsewhere(wave, start_s, end_s):
     return cut(wave.roll(-(len(wave) // 2)), start_s, end_s)
 
 
+SHOWN = 60  # rows on a page of traces
 LISTEN = {"segment": cut, "nothing": None, "silence": silence, "elsewhere": elsewhere}
 
 
@@ -132,9 +133,10 @@ def trace(rollout):
 def write_rows(path, questions, responses):
     """The rows with their answers: a JSON list, or JSON lines if the file's name says so."""
     rows = [q.row | trace(r) for q, r in zip(questions, responses)]
-    text = json.dumps(rows, ensure_ascii=False, indent=2)
     if ".jsonl" in Path(path).suffixes:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    else:
+        text = json.dumps(rows, ensure_ascii=False, indent=2)
     write_atomically(path, text)
 
 
@@ -170,8 +172,8 @@ def asked(settings):
         raise EchoError("--question, --choices: not UTF-8") from None
     if settings.benchmark:
         questions = read_questions(settings.benchmark, settings.audio_root, needs=())
-        written = [Path(settings.output).absolute(), Path(settings.html).absolute()]
-        if any(q.path.absolute() in written for q in questions):
+        clips = (q.path for q in questions if "\0" not in str(q.path))
+        if any(clip.resolve() in files[1:] for clip in clips):
             raise EchoError("--output or --html: a clip of the benchmark; give another path")
         return questions
     if clip and question:
@@ -189,7 +191,7 @@ def use(model, settings):
     part = Path(settings.output + ".part")
 
     def done(responses):
-        for r in responses[60:]:  # no page shows them; many long clips would fill the memory
+        for r in responses[SHOWN:]:  # many long clips would fill the memory
             r.wave, r.sample.audio = None, []
         if settings.output and settings.benchmark:
             write_rows(part, questions, responses)
@@ -205,9 +207,9 @@ def use(model, settings):
         part.unlink(missing_ok=True)
     if settings.html:  # the first ones, since each carries its audio
         write_page(settings.html, "Echo listens again", "".join(
-            trace_html(q, r) for q, r in zip(questions[:60], responses) if r.logprobs))
-        if len(questions) > 60:
-            print(f"{settings.html} shows the first 60 of {len(questions)}", file=sys.stderr)
+            trace_html(q, r) for q, r in zip(questions[:SHOWN], responses) if r.logprobs))
+        if len(questions) > SHOWN:
+            print(f"{settings.html} shows the first {SHOWN} of {len(questions)}", file=sys.stderr)
     unscored = sum(q.answer is None for q in questions)
     if unscored and settings.benchmark:
         print(f"{unscored} of {len(questions)} have no answer among their choices: not scored",
