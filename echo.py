@@ -189,7 +189,8 @@ class Echo(nn.Module):
         self.config, self.encoder, self.decoder = config, encoder, decoder
         self.tokenizer, self.bf16 = tokenizer, False  # the scripts set bf16
         self.tokenize = functools.lru_cache(2 ** 16)(  # texts repeat: prompts are built 5x faster
-            lambda text: tokenizer(text, add_special_tokens=False).input_ids)
+            lambda text: tokenizer(text, add_special_tokens=False,
+                                   split_special_tokens=True).input_ids)  # no eos in the middle
         self.projector = nn.Linear(encoder.dim, decoder.config.hidden_size)
         self.encoder.requires_grad_(False)
         for table in (decoder.get_input_embeddings(), decoder.get_output_embeddings()):
@@ -357,7 +358,8 @@ def sample_tokens(logits, rows, temperature):
     """
     logp = (logits / (temperature or 1.0)).log_softmax(-1)
     if not logp.isfinite().any(-1).all():
-        raise EchoError("the model's logits are not numbers; its training went wrong")
+        raise EchoError("the model's logits are not numbers: its training went wrong, or the "
+                        "temperature is too low")
     if temperature:
         total = logp.exp().cumsum(-1)
         draw = torch.tensor([[row.draws.random()] for row in rows]).to(total)
@@ -524,8 +526,9 @@ def grpo_step(policy, reference, optimizer, questions, waves, seeds, grpo, liste
     questions = [q for q in questions for _ in range(grpo.group)]
     waves = [wave for wave in waves for _ in range(grpo.group)]
     responses = rollouts(policy, questions, waves, listen, grpo.temperature, seeds)
-    parts = [reward(r, q) for r, q in zip(responses, questions)]
-    rewards = total_rewards(parts, reward).view(-1, grpo.group)  # the sums of the parts
+    parts = rewards_of(responses, questions, reward)
+    rewards = torch.tensor([sum(part.values()) for part in parts], dtype=torch.float64)
+    rewards = rewards.view(-1, grpo.group)
     for r, advantage in zip(responses, group_advantages(rewards).flatten().tolist()):
         r.advantage = advantage
     return responses, parts, grpo_update(policy, reference, optimizer, responses, grpo)
@@ -610,20 +613,23 @@ def find_choice(said, choices):
     return None
 
 
-def total_rewards(parts, reward):
-    """The sum of each response's parts, in float64: (responses,). The parts become floats, in
-    place. What a reward function returned is checked here, since it may be anybody's."""
-    for part in parts:
-        try:
-            part.update({name: float(x) for name, x in part.items()})
-            good = part.keys() == parts[0].keys() != set() and math.isfinite(sum(part.values()))
+def rewards_of(responses, questions, reward):
+    """What a reward function gives each response, [{name: number}, ...], in the order of the names.
+    It is checked here, since it may be anybody's: the same names for all, finite numbers."""
+    parts = []
+    for r, q in zip(responses, questions):
+        part = reward(r, q)
+        try:  # a copy, since it may return the same object each time
+            parts.append({name: float(x) for name, x in sorted(part.items())})
+            total = sum(parts[-1].values())
+            good = parts[-1].keys() == parts[0].keys() != set() and abs(total) < 1e9
         except (AttributeError, TypeError, ValueError, OverflowError, RuntimeError):
             good = False
         if not good:
             name = getattr(reward, "__name__", "of yours")
             raise EchoError(f"the reward {name} returned {str(part)[:150]}; needed: the same names "
-                            "for every response, each with a finite number")
-    return torch.tensor([sum(part.values()) for part in parts], dtype=torch.float64)
+                            "for every response, each with a finite number (below 1e9)")
+    return parts
 
 
 def batches(items, size):
@@ -658,6 +664,11 @@ def sum_over_processes(number):
 def means(sums):
     """{name: (sum, count)} of this process -> {name: mean over all processes}, without a name whose
     count is 0."""
+    if torch.distributed.is_initialized():
+        names = [None] * processes()[1]
+        torch.distributed.all_gather_object(names, list(sums))
+        if any(theirs != names[0] for theirs in names):
+            raise EchoError(f"the processes have other names of rewards: {names[0]}, {names[-1]}")
     totals = {name: [*map(sum_over_processes, pair)] for name, pair in sums.items()}
     return {name: total / count for name, (total, count) in totals.items() if count}
 
@@ -857,7 +868,7 @@ def parse_settings(cls, doc, defaults={}):
             how = {"choices": typing.get_args(f.type), "default": f.default}
         parser.add_argument(f"--{f.name.replace('_', '-')}", **how)
     classes = [c for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]
-    parser.format_help = lambda: "\n".join([doc, *map(inspect.getsource, classes)])
+    parser.format_help = lambda: "\n".join([doc or "", *map(inspect.getsource, classes)])
     parser.error = fail
     parser.set_defaults(**defaults)
     values, rest = parser.parse_known_args()
@@ -866,8 +877,9 @@ def parse_settings(cls, doc, defaults={}):
     for f in dataclasses.fields(cls):
         value = getattr(values, f.name)
         least = int(type(f.default) is int and f.default > 0)  # what is 0 by default may be 0
-        if type(value) in (int, float) and not least <= value < 2 ** 63:
-            fail(f"--{f.name.replace('_', '-')} {value}: must be at least {least}, and finite")
+        most = 2 ** 63 if f.name == "seed" else 10 ** 7
+        if type(value) in (int, float) and not least <= value < most:
+            fail(f"--{f.name.replace('_', '-')} {value}: needed: at least {least}, below {most}")
     return cls(**vars(values))
 
 
@@ -899,7 +911,7 @@ def pick_device(train=False):
     try:
         number = int(os.environ.get("LOCAL_RANK") or 0)
         world, rank = (int(os.environ.get(name) or 0) for name in ("WORLD_SIZE", "RANK"))
-        if train and 1 < world <= rank:
+        if train and world and not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world} processes")  # torch would wait for ever
         if torch.cuda.is_available():
             if number >= torch.cuda.device_count():

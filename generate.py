@@ -62,9 +62,14 @@ class Settings:
 
 def set_limits(model, settings):
     """The limits that flags give, instead of those saved with the model."""
+    context = model.decoder.config.max_position_embeddings
     for name in ("max_turns", "max_new_tokens"):
-        if getattr(settings, name):
-            model.config = replace(model.config, **{name: getattr(settings, name)})
+        value = getattr(settings, name)
+        if value >= context:
+            raise EchoError(f"--{name.replace('_', '-')} {value}: the decoder's context is "
+                            f"{context} tokens; give less")
+        if value:
+            model.config = replace(model.config, **{name: value})
 
 
 def answer(model, questions, listen=cut, batch=50, temperature=0.0, seed=0, done=None):
@@ -75,6 +80,8 @@ def answer(model, questions, listen=cut, batch=50, temperature=0.0, seed=0, done
         waves, rows = {}, {}
         for k, q in enumerate(some):
             try:
+                if q.problem:
+                    raise EchoError(q.problem)
                 waves[k] = load_audio(q.path)
             except (EchoError, OSError) as error:
                 rows[k] = Rollout(Sample(), None, None, ended=str(error))
@@ -133,7 +140,7 @@ def trace(rollout):
 def write_rows(path, questions, responses):
     """The rows with their answers: a JSON list, or JSON lines if the file's name says so."""
     rows = [q.row | trace(r) for q, r in zip(questions, responses)]
-    if ".jsonl" in Path(path).suffixes:
+    if ".jsonl" in Path(path).name.lower():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     else:
         text = json.dumps(rows, ensure_ascii=False, indent=2)
@@ -157,11 +164,17 @@ def asked(settings):
     """The Questions that the flags ask for."""
     clip, question, choices = settings.clip, settings.question, settings.choices
     data = settings.benchmark or clip or "data/test.jsonl"
-    files = [Path(f).resolve() for f in (data, settings.output, settings.html) if f]
-    inside = any(model_folder(settings.model).resolve() in f.parents for f in files[1:])
-    if len(set(files)) < len(files) or inside or any(f.is_dir() for f in files[1:]):
+    written = [Path(file + end).resolve() for file in (settings.output, settings.html) if file
+               for end in ("", ".tmp", ".part", ".part.tmp")]
+    files, model = [Path(data).resolve(), *written], model_folder(settings.model).resolve()
+    if len(set(files)) < len(files) or any(
+            model in f.parents or f.exists() and not f.is_file()
+            or any(parent.is_file() for parent in f.parents) for f in written):
         raise EchoError("--output and --html: needed are different files, and not the input or the "
                         "model's")
+    part = Path(settings.output + ".part")
+    if settings.output and part.exists():
+        raise EchoError(f"{part}: what a run that was killed has answered; move or delete it")
     if settings.benchmark and (clip or question or choices):
         raise EchoError("--benchmark has its own clips and questions; leave out --clip and others")
     if settings.audio_root and not settings.benchmark:
@@ -173,11 +186,12 @@ def asked(settings):
     if settings.benchmark:
         questions = read_questions(settings.benchmark, settings.audio_root, needs=())
         clips = (q.path for q in questions if "\0" not in str(q.path))
-        if any(clip.resolve() in files[1:] for clip in clips):
+        if any(clip.resolve() in written for clip in clips):
             raise EchoError("--output or --html: a clip of the benchmark; give another path")
         return questions
     if clip and question:
-        return [Question({}, Path(clip), question, choices, None, "", ())]
+        row = {"audio_path": clip, "question": question, "multi_choice": choices}
+        return [Question(row, Path(clip), question, choices, None, "", ())]
     if clip or question or choices:
         raise EchoError("--clip and --question: needed are both, and perhaps --choices a b c d")
     return [max(read_questions(data), key=lambda q: len(q.listen_to))]  # most looks
@@ -198,7 +212,7 @@ def use(model, settings):
 
     responses = answer(model, questions, LISTEN[settings.listen], settings.batch,
                        settings.temperature, settings.seed, done)
-    broken = [f"{q.row.get('id', q.path)}: {r.ended}" for q, r in zip(questions, responses)
+    broken = [f"{q.row.get('id') or q.path}: {r.ended}" for q, r in zip(questions, responses)
               if not r.logprobs]
     if broken and not settings.benchmark:
         raise EchoError(broken[0])
@@ -306,7 +320,8 @@ def trace_html(q, rollout):
         truth = f'<div class="truth">{truth}</div><div class="axis">above: the true sounds</div>'
     ticks = "".join(f"<span>{seconds * i / 6:.1f} s</span>" for i in range(7))
     loudness = list(enumerate(F.adaptive_max_pool1d(wave.abs()[None], 600)[0].tolist()))
-    sound = base64.b64encode(wav_bytes(wave.numpy().clip(-1, 1))).decode()
+    sound = wav_bytes((wave / wave.abs().max().clamp_min(1)).numpy())  # a loud one, more quietly
+    sound = base64.b64encode(sound).decode()
     return f"""<div class="clip"><div class="loudness">{line_svg(loudness)}{spans}</div>
 <div class="axis">{ticks}</div>{truth}<audio controls src="data:audio/wav;base64,{sound}"></audio>
 <p><b>{escape(q.question)}</b> {escape(", ".join(q.choices))}</p>
@@ -328,24 +343,26 @@ lowest {min(values):.3g}, highest {max(values):.3g}<div class="plot">
 
 def report_page(folder):
     """report.html in a run's folder: what RL changed, large, then all other metrics of its log."""
-    file = Path(folder) / "log.jsonl"
+    folder = Path(folder)
     try:
-        log = [json.loads(line) for line in file.read_text().splitlines()]
-    except (OSError, ValueError):
-        log = []
-    if not log:
-        print(f"{file}: empty, broken or gone, so there is no report", file=sys.stderr)
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        names = [name for name in dict.fromkeys(sum(map(list, log), [])) if name != "step"]
+        held_out = "eval_" if "eval_accuracy" in names else ""
+        large = [held_out + x for x in ("accuracy", "hits", "heard_s", "segments")] + ["reward"]
+        large = [name for name in large if name in names]
+        charts = {name: chart(name, log) for name in [*large, *names]}
+        if not charts:
+            raise ValueError
+    except (OSError, ValueError, TypeError, KeyError):
+        (folder / "report.html").unlink(missing_ok=True)  # an old one would look like this run's
+        print(f"{folder / 'log.jsonl'}: empty, broken or gone, so there is no report",
+              file=sys.stderr)
         return
-    names = list(dict.fromkeys(name for entry in log for name in entry if name != "step"))
-    held_out = "eval_" if "eval_accuracy" in names else ""
-    large = [held_out + name for name in ("accuracy", "hits", "heard_s", "segments")] + ["reward"]
-    large = [name for name in large if name in names]
-    write_page(Path(folder) / "report.html", f"What {folder} learned", (
+    write_page(folder / "report.html", f"What {folder} learned", (
         '<p>eval_: held-out questions, greedy; else: the responses that were trained on. heard_s: '
         'mean seconds of a heard segment; sound_s: those of the sounds that it should hear.</p>'
-        f'<div class="big">{"".join(chart(name, log) for name in large)}</div><h2>All others</h2>'
-        f'<div class="small">{"".join(chart(name, log) for name in names if name not in large)}'
-        '</div>'))
+        f'<div class="big">{"".join(charts.pop(name) for name in large)}</div>'
+        f'<h2>All others</h2><div class="small">{"".join(charts.values())}</div>'))
 
 
 def run():

@@ -33,7 +33,7 @@ import torchaudio
 from tqdm import tqdm
 
 from echo import (SAMPLE_RATE, EchoError, find_choice, is_right, main, parse_segment,
-                  parse_settings, refuse, split_segments)
+                  parse_settings, processes, refuse, split_segments)
 
 SYNTHETIC = ("hum", "rumble", "buzz", "tone", "chirp", "bell", "whistle", "hiss")
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}  # pulses in a sound: the detail
@@ -366,9 +366,14 @@ def run():
 
 
 def make(settings):
+    folders = [Path(folder).resolve() for folder in (settings.sounds, settings.out)]
+    if settings.sounds and any(f in (g, *g.parents) for f, g in (folders, folders[::-1])):
+        raise EchoError(f"--sounds {settings.sounds}, --out {settings.out}: one lies in the other; "
+                        "give another --out")
+    if not 6 <= settings.clip_s <= 30 or settings.clip_s % CELL_S or settings.loose > 1:
+        raise EchoError(f"--clip-s {settings.clip_s} --loose {settings.loose}: needed: 6 to 30, in "
+                        "whole half seconds, and a share, 0 to 1")
     sounds = read_sounds(settings.sounds) if settings.sounds else None
-    if not 6 <= settings.clip_s <= 30 or settings.clip_s % CELL_S:
-        raise EchoError(f"--clip-s {settings.clip_s}: needed: 6 to 30, in whole half seconds")
     kinds = sorted(sounds or SYNTHETIC)
     clips, test, verdicts = [], [], Counter()
     sets = {"sft": [], "rl": [], "discarded": []}
@@ -439,21 +444,40 @@ def wav_bytes(samples):
     return data.getvalue()
 
 
+def advice(path):
+    return ('; get it again, or convert or cut it: '
+            f'ffmpeg -i "{path.name}" -ar 16000 "{path.stem}-16k.wav"')
+
+
 def wav_chunks(path):
     """The chunks of a WAV file, {name: bytes}, the first of each name."""
-    data, chunks, at = Path(path).read_bytes(), {}, 12
-    while at + 8 <= len(data) and data[:4] == b"RIFF":
+    data, chunks, at = path.read_bytes(), {}, 12
+    if data[:4] != b"RIFF":
+        raise EchoError(f"{path}: not a WAV file, it begins with {data[:8]!r}{advice(path)}")
+    while at + 8 <= len(data):
         name, size = struct.unpack("<4sI", data[at:at + 8])
         left = len(data) - at - 8
-        if name == b"data" and (size == 0 or size >= 0x7FFF_0000):  # a stream, never closed
-            inner = struct.unpack("<I", data[at + 12:at + 16].ljust(4, b"\0"))[0]
-            ends_with_chunk = size == 0 and inner + inner % 2 + 8 == left  # then it has no samples
-            size = 0 if ends_with_chunk else left
-        if name == b"data" and left < size:
-            raise EchoError(f"{path}: broken WAV, {left} of {size} bytes of audio are there")
+        if name == b"data" and (size == 0 or size >= 0x7FFF_0000):
+            size = stream_size(data[at + 8:])
+        if name == b"data" and (left < size or name in chunks):
+            raise EchoError(f"{path}: broken WAV, {left} of {size} bytes of audio are there, or it "
+                            "has two parts; export or copy it again")
         chunks.setdefault(name, data[at + 8:at + 8 + size])
         at += 8 + size + size % 2
     return chunks
+
+
+def stream_size(data):
+    """How many bytes of a stream are audio, whose header was never given its size: all before the
+    chunks, if any, that fill the rest of the file."""
+    for match in re.finditer(rb"LIST|bext|iXML|cue |smpl|fact|JUNK|PEAK|id3 |ID3 |_PMX", data):
+        at = match.start()
+        while at + 8 <= len(data):
+            size = struct.unpack("<I", data[at + 4:at + 8])[0]
+            at += 8 + size + size % 2
+        if at in (len(data), len(data) + 1):
+            return match.start()
+    return len(data)
 
 
 def read_wav(path):
@@ -467,12 +491,12 @@ def read_wav(path):
     known = (coding, bits) in ((1, 8), (1, 16), (1, 24), (1, 32), (3, 32))
     filter_size = rate * SAMPLE_RATE / max(1, shared) ** 2  # that of the resampling
     refuse(path, {
-        "not a WAV file": b"fmt " not in chunks,
-        f"coding {coding} with {bits} bits, not 8 to 32-bit PCM": not known,
+        "not a WAV file, or without audio": not {b"fmt ", b"data"} <= chunks.keys(),
+        f"coding {coding} with {bits} bits, not PCM with 8, 16, 24 or 32": not known,
         f"{channels} channels in frames of {frame} bytes": frame != channels * width or not frame,
         f"{rate} Hz can't be resampled": not 1000 <= rate <= 768_000 or filter_size > 4e6,
         f"longer than {MAX_CLIP_S} s": len(audio) > MAX_CLIP_S * rate * frame,
-    }, f'; convert or cut it: ffmpeg -i "{path.name}" -ar 16000 "{path.stem}-16k.wav"')
+    }, advice(path))
     raw = np.frombuffer(audio[:len(audio) // frame * frame], np.uint8)
     if coding == 3:
         return raw.view("<f4").reshape(-1, channels), rate
@@ -493,7 +517,8 @@ def load_audio(path):
     power = np.square(samples, dtype=np.float64).mean()
     refuse(path, {
         "float samples that are NaN or far beyond -1 to 1": not np.abs(samples).max() <= 16,
-        "its channels cancel each other out": np.square(mono).mean() < 1e-4 * power,
+        "its channels cancel each other out":
+            np.square(mono, dtype=np.float64).mean() < 1e-4 * power,
     }, "; export it again")
     return torchaudio.functional.resample(torch.from_numpy(mono), rate, SAMPLE_RATE)
 
@@ -507,6 +532,9 @@ def read_rows(path, needs=()):
             text = "[" + ",\n".join(lines) + "]"
         rows = json.loads(text)
         json.dumps(rows, ensure_ascii=False).encode()  # half a surrogate pair can't be written
+    except OSError as error:
+        raise EchoError(f"{path}: {error.strerror}; give another file, or run make_data.py for the "
+                        "toy's") from None
     except (ValueError, RecursionError) as error:  # of UTF-8, too; it names the line
         raise EchoError(f"{path}: not UTF-8 or not JSON ({error}); needed: a list of objects, or "
                         "an object a line") from None
@@ -520,7 +548,9 @@ def read_rows(path, needs=()):
     return rows
 
 
-Question = namedtuple("Question", "row path question choices answer category listen_to")
+# problem: what is wrong with a row, if it can't be answered
+Question = namedtuple("Question", "row path question choices answer category listen_to problem",
+                      defaults=[None])
 
 
 def as_text(value):
@@ -541,16 +571,20 @@ def sounds_of(row):
 def read_questions(path, audio_root="", needs=("answer",)):
     """Questions of a data file, its rows native, MMAR's (choices) or MMAU's (audio_id, choices).
     Audio paths are relative to `audio_root`, or the file's folder. needs: what a row must have
-    beside question and choices, for training; else an answer that is no choice becomes None."""
+    beside question and choices, for training; else a row may have a `problem`, and an answer that
+    is no choice becomes None."""
     questions, texts = [], [key for key in needs if key != "answer"]
     for number, row in enumerate(read_rows(path, ("question", *texts)), 1):
         where = f"{path}, row {number}"
         audio = row.get("audio_path") or row.get("audio_id")
         choices = row.get("multi_choice") or row.get("choices")
-        choices = [*map(as_text, choices)] if isinstance(choices, list) else [None]
+        choices, problem = [*map(as_text, choices)] if isinstance(choices, list) else [None], None
         if not isinstance(audio, str) or not all(isinstance(c, str) for c in choices):
-            raise EchoError(f"{where}: needed: 'audio_path' (or 'audio_id'), and 'multi_choice' (or"
-                            " 'choices'), a list of texts or numbers")
+            problem = (f"{where}: needed: 'audio_path' (or 'audio_id'), a text, and 'multi_choice' "
+                       f"(or 'choices'), a list of texts or numbers, not {choices}")
+            audio, choices = "", []
+        if needs and problem:
+            raise EchoError(problem)
         said = as_text(row.get("answer"))
         answer = find_choice(said, choices) if isinstance(said, str) else None
         if needs and not answer:
@@ -561,7 +595,7 @@ def read_questions(path, audio_root="", needs=("answer",)):
         category = row.get("category") or row.get("task") or "all"
         category = ", ".join(map(str, category if isinstance(category, list) else [category]))
         questions.append(Question(row, clip, row["question"], choices, answer, category,
-                                  sounds_of(row)))
+                                  sounds_of(row), problem))
     return questions
 
 
@@ -569,16 +603,18 @@ def check_rows(questions):
     """Before a training: read every clip once, since a broken one would end it in the middle; and
     count the chains that give another answer than their row, or point to what can't be heard."""
     seconds, odd = {}, []
-    for path in tqdm(sorted({q.path for q in questions}), "checking clips", leave=False):
+    for path in tqdm(sorted({q.path for q in questions}), "checking clips", leave=False,
+                     disable=processes()[0] > 0):
         seconds[path] = len(load_audio(path)) / SAMPLE_RATE
     for q in questions:
         chain = str(q.row.get("cot") or "")
         tags = [parse_segment(tag, seconds[q.path]) for _, tag in split_segments(chain)[0]]
-        if chain and (not is_right(chain, q) or any(segment.refused for segment in tags)):
+        heard = tags and not any(segment.refused for segment in tags)
+        if chain and not (heard and is_right(chain, q)):
             odd.append(q)
-    if odd:
+    if odd and processes()[0] == 0:
         print(f"{len(odd)} of {len(questions)} chains give another answer than their row, or point "
-              f"to what can't be heard; the first: {odd[0].row.get('id', odd[0].path)}")
+              f"to nothing that can be heard; the first: {odd[0].row.get('id') or odd[0].path}")
 
 
 if __name__ == "__main__":

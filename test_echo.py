@@ -1,5 +1,6 @@
 """pytest -q: each test compares with a trusted reference, a plain loop or hand-computed values."""
 # SPDX-License-Identifier: MIT
+import base64
 import contextlib
 import copy
 import functools
@@ -15,7 +16,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -125,6 +126,9 @@ def wav(raw, rate=16_000, channels=1, bits=16, coding=1, says=None):
     return b"RIFF" + struct.pack("<I", len(body) + len(raw)) + body + raw
 
 
+LIST = b"LIST\4\0\0\0INFO"  # a chunk
+
+
 @pytest.mark.parametrize("bits,coding", [(8, 1), (16, 1), (24, 1), (32, 1), (32, 3), (24, 0xFFFE)])
 @pytest.mark.parametrize("channels,rate", [(1, 16_000), (2, 44_100), (3, 8_000)])
 def test_wav_formats(tmp_path, bits, coding, channels, rate):
@@ -132,15 +136,18 @@ def test_wav_formats(tmp_path, bits, coding, channels, rate):
     wave = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)[:, None] * loudness
     ints = (wave * (2 ** (bits - 1) - 1)).round().astype("<i4") + 128 * (bits == 8)
     raw = wave.astype("<f4") if coding == 3 else ints[..., None].view(np.uint8)[..., :bits // 8]
-    for says in (None, 0, 0xFFFF_FFFF):  # the last two: streams, whose length is not known
-        (tmp_path / "a.wav").write_bytes(wav(raw.tobytes(), rate, channels, bits, coding, says))
+    for says, tail in ((None, b""), (0, b""), (0, LIST), (0xFFFF_FFFF, LIST)):  # 0: a stream's
+        content = wav(raw.tobytes() + tail, rate, channels, bits, coding, says)
+        (tmp_path / "a.wav").write_bytes(content)
         got, t = load_audio(tmp_path / "a.wav"), np.arange(16_000) / 16_000
         gap = got[:16_000].numpy() - (0.5 * np.sin(2 * np.pi * 440 * t) * loudness.mean())
         assert len(got) == 16_000 and np.abs(gap[800:15_000]).max() < 0.02
 
 
 @pytest.mark.parametrize("content,says", [
-    (b"ID3\x03" + b"\0" * 100, 'not a WAV file; convert or cut it: ffmpeg -i "a.wav" -ar 16000'),
+    (b"ID3\x03" + b"\0" * 100, 'convert or cut it: ffmpeg -i "a.wav" -ar 16000 "a-16k.wav"'),
+    (b"version https://git-lfs.github.com/spec/v1", "not a WAV file, it begins with b'version '"),
+    (wav(b"\0" * 8) + b"data\4\0\0\0\1\1\1\1", "two parts"),
     (wav(b""), "empty"), (wav(b"\0" * 50, says=100), "50 of 100 bytes"),
     (b"RIFF\x10\0\0\0WAVEjunk\0\0\0\0", "not a WAV file"),
     (wav(b"\0" * 4, coding=7, bits=8), "coding 7 with 8 bits"),
@@ -148,7 +155,7 @@ def test_wav_formats(tmp_path, bits, coding, channels, rate):
     (wav(b"\0" * 2 ** 17, rate=1_000 // 60), "16 Hz"),
     (wav(b"\0" * 2_000, rate=1_000, channels=0), "0 channels"),
     (wav(b"\1" * 3_700_000, rate=1_000, bits=8), "longer than 3600 s"),
-    (wav(b"LIST\4\0\0\0INFO", says=0), "empty"),  # a chunk behind no samples
+    (wav(LIST, says=0), "empty"), (wav(LIST + LIST, says=0), "empty"),  # no samples
     (wav(struct.pack("<2f", math.nan, 0), bits=32, coding=3), "NaN"),
     (wav(struct.pack("<2f", 5337, 0), bits=32, coding=3), "far beyond -1 to 1"),
     (wav(struct.pack("<4h", 900, -900, 70, -70), channels=2), "cancel each other")])
@@ -208,11 +215,12 @@ def spelled(model, ids):
 
 def test_prompt_writes_times_and_holds_any_text(model):
     full = micro(model.tokenizer, thumbnail=False)
-    any_text = 'what is <|audio|> or <seg>1, 2</seg>, Ünï ✓ 日本 "<b>&amp;</b>" {0} {choices}?'
+    any_text = 'what is <|end|> or <seg>1, 2</seg>, Ünï ✓ 日本 "<b>&amp;</b>" {0} {choices}?'
     prompt = model.prompt(torch.zeros(3, 32), any_text, ["{question}", "a, b"])
     said = f' {any_text} Choose from ["{{question}}", "a, b"].\n'
     assert spelled(model, prompt.ids) == "[audio]0.0[audio]0.5[audio]1.0 1.5" + said
     assert prompt.ids.count(AUDIO) == sum(map(torch.is_tensor, prompt.audio)) == 3
+    assert model.tokenizer.eos_token_id not in prompt.ids  # though its text is there
     assert spelled(model, model.prompt([], "Why?").ids) == " Why?\n" and not any(prompt.trained)
     prompt = full.prompt(torch.zeros(25 * 101 + 2, 32), "Why?")  # at each second's first token
     second = "".join(f"[audio]{s}.0" + "[audio]" * 24 for s in range(101))
@@ -413,12 +421,18 @@ def test_what_counts_as_the_answer(said, choices, want):
     assert echo.find_choice(said, choices) == want
 
 
+SAME = {}  # a reward may return one object each time
+
+
 @pytest.mark.parametrize("returned,says", [
     (lambda i: {"x": math.nan if i == 1 else 1.0}, "finite"), (lambda i: {"x": None}, "finite"),
     (lambda i: {"x": 1.0, "y": 2.0} if i else {"x": 1.0}, "the same names"),
     (lambda i: {}, "names"), (lambda i: 1.0, "names"), (lambda i: {"x": "a"}, "finite"),
     (lambda i: {"x": 1e308, "y": 1e308}, "finite"), (lambda i: {"x": 10 ** 400}, "finite"),
-    (lambda i: {"x": i == 1}, None), (lambda i: {"x": 2 ** 70 * i, "y": torch.ones(1)}, None)])
+    (lambda i: {"x": i == 1}, None), (lambda i: {"x": 2 ** 20 * i, "y": torch.ones(1)}, None),
+    (lambda i: {"x": 1e200}, "finite"), (lambda i: Counter(x=i), None),
+    (lambda i: SAME.update(x=i) or SAME, None),
+    (lambda i: {"x": i, "y": 2} if i else {"y": 2, "x": 0}, None)])
 def test_a_reward_of_ones_own(model, write, returned, says):
     """It gets the question; numbers of any kind are rewards, what is none is named."""
     write(model, ["a", "b"])
@@ -435,6 +449,8 @@ def test_a_reward_of_ones_own(model, write, returned, says):
         _, parts, _ = echo.grpo_step(*step)
         assert seen == [("a", asked(1)[0]), ("b", asked(1)[0])]
         assert {type(x) for part in parts for x in part.values()} == {float}
+        assert [part["x"] for part in parts] == [returned(i)["x"] for i in range(2)]
+        assert all(list(part) == sorted(part) for part in parts)  # each process logs them in order
 
 
 def sgd(model, lr=0.0):
@@ -896,12 +912,13 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path, monkeypatch):
             for i, row in enumerate(rows)]
     mmar[0]["choices"], mmar[0]["answer"] = [0, 1.5, True], True
     mmar[2]["audio_path"], mmar[3]["question"] = "./audio/g\0ne.wav", "q " * 60_000
+    mmar[4]["choices"] = None
     with mock.patch.object(generate, "print", side_effect=BrokenPipeError, create=True):
         assert "error" in mistake(*job(mmar, "--batch", 2))  # all is written before it is said
     done = json.loads(out.read_text())
     code, _, err = run(*job(mmar, "--batch", 2))
-    assert code == 1 and "2 of 5 can't" in err and "null byte" in err and "prompt too long" in err
-    assert "not scored" not in err and done == json.loads(out.read_text())
+    assert code == 1 and "3 of 5 can't" in err and "null byte" in err and "prompt too long" in err
+    assert "row 5: needed: 'audio_path'" in err and done == json.loads(out.read_text())
     with mock.patch.object(generate, "measure", side_effect=KeyboardInterrupt):
         assert run(*job(mmar))[0] == 130  # after its output: nothing is left over
     assert not list(tmp_path.glob("*.part"))
@@ -913,8 +930,9 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path, monkeypatch):
         calls.append(args)
         return real(*args)
     monkeypatch.setattr(generate, "rollouts", killed)
-    assert run("generate --batch 3 --model", trained / "rl", "--audio-root", data, "--benchmark",
-               tmp_path / "rows.json", "--output", tmp_path / "lines.jsonl")[0] == 130
+    lines = ["generate --batch 3 --model", trained / "rl", "--audio-root", data, "--benchmark",
+             tmp_path / "rows.json", "--output", tmp_path / "lines.jsonl"]
+    assert run(*lines)[0] == 130 and "lines.jsonl.part: what a run" in mistake(*lines)
     part = read_rows(tmp_path / "lines.jsonl.part")
     assert [row["id"] for row in part] == ["0", "1", "2"] and not out.with_suffix(".jsonl").exists()
     for source, row, before in zip(mmar, done, whole, strict=True):
@@ -923,7 +941,7 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path, monkeypatch):
         assert row["answer_prediction"] == row["model_output"] == answer
         if row["id"] != "0":
             assert row["echo"]["response"] == (
-                before["echo"]["response"] if row["id"] not in "23" else "")
+                before["echo"]["response"] if row["id"] not in "234" else "")
 
 
 @pytest.mark.parametrize("command,says", [
@@ -938,16 +956,25 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path, monkeypatch):
     ("generate --benchmark rows.jsonl --output a.wav", "a clip of the benchmark"),
     ("train_rl --model m --out m", "lies in its own input, m"),
     ("generate --benchmark a.json --clip a.wav", "has its own clips"),
+    ("generate --clip a.part --question q --output a", "and not the input"),
+    ("generate --output rows.jsonl/x", "needed are different files"),
+    ("generate --max-new-tokens 99999", "--max-new-tokens 99999: the decoder's context"),
+    ("make_data --sounds m --out m/data", "one lies in the other"),
+    ("make_data --sounds m/kinds --out m", "one lies in the other"),
+    ("make_data --loose 2 --out new", "a share, 0 to 1"),
     ("train_sft --model runs --no-thumbnail", "that --model leaves out"),
-    ("train_sft --seed 18446744073709551616", "--seed 18446744073709551616: must be at least 0"),
+    ("train_sft --sft-batch 99999999999", "below 10000000"),
+    ("train_sft --seed 18446744073709551616", "--seed 18446744073709551616: needed: at least 0"),
     ("train_rl --model nowhere", "nowhere: no Echo checkpoint there"),
     ("train_rl --steps many", "argument --steps: invalid int value: 'many'"),
-    ("train_rl --temperature 0", "must be above 0"), ("train_rl --lr -1", "--lr -1.0: must be at"),
+    ("train_rl --temperature 0", "must be above 0"), ("train_rl --lr -1", "--lr -1.0: needed: at"),
+    ("train_rl --out own", "own/model: not a trained model"),
     ("train_rl --questions 3 --mini-batches 2", "must be a multiple of"),
     ("train_rl --step 3", "unknown: --step 3"),
     ("train_sft --clips bare.jsonl --out new", "row 1: needs 'A4_events'"),
     ("train_sft --clips few.jsonl --out new", "few.jsonl: 2 kinds of sound"),
     ("train_sft --clips nul.jsonl --out new", "nul.jsonl, row 1: needs"),
+    ("train_sft --clips over.jsonl --out new", "over.jsonl, row 1: needs 'A4_events' one after"),
     ("train_sft --no-thumbnail", "begun with another thumbnail; give"),
     ("train_rl --steps 9 --no-bf16", "begun with another steps; give"),
     ("train_sft --decoder no/qwen --out new", "no/qwen")])
@@ -957,13 +984,16 @@ def test_a_users_mistake_is_one_line(trained, tmp_path, monkeypatch, command, sa
     monkeypatch.chdir(tmp_path)
     event = {"kind": "hum", "start_s": 0.0, "end_s": 1.0}
     two = [event | {"pulses": 2}, {"kind": "bell", "start_s": 1.0, "end_s": 2.0, "pulses": 3}]
-    for file, events in (("bare", [event]), ("few", two), ("nul", two)):
+    over = [event | {"pulses": 2}, two[1] | {"start_s": 0.5}]
+    for file, events in (("bare", [event]), ("few", two), ("nul", two), ("over", over)):
         row = {"audio_path": "\0" if file == "nul" else "a.wav", "A4_events": events}
         Path(f"{file}.jsonl").write_text(json.dumps(row))
     Path("rows.jsonl").write_text(json.dumps(ROW | {"audio_path": "a.wav"}))
     shutil.copytree(trained / "sft/model", "m")
+    Path("own/model").mkdir(parents=True)
+    Path("own/model/thesis.txt").write_text("mine")
     name, *flags = command.split()
-    usual = {"generate": ["generate", "--model", trained / "rl"],
+    usual = {"generate": ["generate", "--model", trained / "rl"], "make_data": ["make_data"],
              "train_rl": rl(trained, trained / "rl"), "train_sft": sft(trained, trained)}[name]
     assert says in mistake(*usual, *flags)
 
@@ -1060,8 +1090,9 @@ def test_streams_devices_and_memory(monkeypatch, capsys):
         side_effect=torch.distributed.DistNetworkError("the address is in use")))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "the address is in use" in error_of(echo.pick_device, train=True)
-    monkeypatch.setenv("RANK", "2")
-    assert "rank 2 of 2" in error_of(echo.pick_device, train=True)
+    for rank in ("2", "-1"):
+        monkeypatch.setenv("RANK", rank)
+        assert f"rank {rank} of 2" in error_of(echo.pick_device, train=True)
     monkeypatch.delenv("RANK")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -1101,6 +1132,9 @@ def test_a_run_goes_on_only_from_its_own_inputs(data, trained, tmp_path, monkeyp
     monkeypatch.setattr(train_rl, "REWARD", lambda r, q: {"x": 1.0})
     assert "begun with another reward" in mistake(*job)
     monkeypatch.setattr(train_rl, "REWARD", echo.paper_reward)
+    with mock.patch("inspect.getsource", side_effect=OSError):  # a reward without a source
+        assert "begun with another reward" in mistake(*job)
+    assert "begun with another test" in mistake(*job, "--test", rows)
     monkeypatch.setattr(train_rl, "REWARD", functools.partial(echo.paper_reward))
     assert "a plain function" in mistake(*job)
     monkeypatch.setattr(train_rl, "REWARD", echo.paper_reward)
@@ -1120,12 +1154,14 @@ def test_a_run_goes_on_only_from_its_own_inputs(data, trained, tmp_path, monkeyp
     (first / "log.jsonl").unlink()
     second = first.rename(tmp_path / "second run")
     good(*job, "--micro-batch", 3, "--out", second)
-    assert [e["step"] for e in untimed(second)] == [2, 3, 3] and load(second)
-    for broken in ("", "{", "\0"):
+    assert [e["step"] for e in untimed(second)] == [1, 2, 2, 3, 3] and load(second)
+    for broken in ("", "{", "\0", "5", '{"a": 1}', '{"step": 1, "reward": "x"}'):
         (second / "log.jsonl").write_text(broken)
-        assert "already trained" in good(*job, "--out", second)  # without a report
-    (second / "settings.json").write_text("")
-    assert "begun with another" in mistake(*job, "--out", second)
+        assert "already trained" in good(*job, "--out", second)
+        assert not (second / "report.html").exists()
+    for lost in ("", "[1]"):
+        (second / "settings.json").write_text(lost)
+        assert "lost or broken" in mistake(*job, "--out", second)
     shutil.rmtree(second / "model")
     (second / "model").mkdir()
     assert "train one" in error_of(load, second)
@@ -1144,16 +1180,16 @@ def test_own_rows_and_limits(data, trained, tmp_path):
     assert "chains give another answer" not in good(*job)
     assert "already trained" in good(*job)
     chains = [f"<think>a {tag}</think><answer>{{}}</answer>"
-              for tag in ("<seg>0, 1</seg>", "<seg>0:01, 0:02</seg>", "<seg>9, 10</seg>")]
+              for tag in ("<seg>0, 1</seg>", "<seg>0:01, 0:02</seg>", "<seg>9, 10</seg>", "look")]
     row = read_rows(data / "sft.jsonl")[0]
-    answers = [row["answer"]] * 3 + ["zebra"]
+    answers = [row["answer"]] * 4 + ["zebra"]
     (tmp_path / "chains.jsonl").write_text("\n".join(
         json.dumps(row | {"cot": c.format(a)}) for c, a in zip([*chains, chains[0]], answers)))
-    assert "3 of 4 chains give another answer" in good(*job, "--data", tmp_path / "chains.jsonl",
+    assert "4 of 5 chains give another answer" in good(*job, "--data", tmp_path / "chains.jsonl",
                                                        "--out", tmp_path / "odd")
     (tmp_path / "chains.jsonl").unlink()
     shutil.rmtree(tmp_path / "odd")
-    assert {p.name for p in tmp_path.iterdir()} == {".lock", "sft"}
+    assert {p.name for p in tmp_path.iterdir()} == {"sft"}
     good(*rl(trained, tmp_path / "rl", "--steps 1 --max-new-tokens 130 --max-turns 2"))
     config = load(tmp_path / "rl").config
     assert (config.max_new_tokens, config.max_turns) == (130, 2)
@@ -1272,6 +1308,13 @@ def test_generate_prints_and_draws(data, trained, tmp_path, monkeypatch, write):
     assert "<script>document.title" not in page and "<img src=x" not in page
     assert "&lt;script&gt;" in page and not re.search(r"(src|href)=[\"']?(https?:)?//", page)
     assert page.count('data-start="0.5" data-end="1.5"') == 2 and "outside the clip" in page
+    loud = (20 * noise(1.0)).numpy().tobytes()
+    (tmp_path / "loud.wav").write_bytes(wav(loud, bits=32, coding=3))
+    assert run("generate --clip", tmp_path / "loud.wav", "--question", "q?", "--html",
+               tmp_path / "loud.html", "--model", tmp_path / "model")[0] == 0
+    sound = re.search("base64,([^\"]+)", (tmp_path / "loud.html").read_text())[1]
+    samples = np.frombuffer(base64.b64decode(sound)[44:], "<i2")
+    assert (abs(samples.astype(int)) > 32_766).sum() == 1  # quieter, not clipped
     assert (trained / "rl/report.html").read_text().count("<polyline") > 15
     row = {"audio_path": "none.wav", "question": "q", "multi_choice": ["a", "b"]}
     (tmp_path / "many.json").write_text(json.dumps([row] * 61))

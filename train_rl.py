@@ -76,7 +76,7 @@ def train(policy, rows, settings, wanted):
 
         for q, r in zip(questions, responses[::settings.group]):
             if not r.logprobs:
-                tqdm.write(f"{settings.data}: {q.row.get('id', q.path)}: {r.ended}, not used")
+                tqdm.write(f"{settings.data}: {q.row.get('id') or q.path}: {r.ended}, not used")
         if not sum_over_processes(sum(len(r.logprobs) for r in responses)):
             raise EchoError(f"{settings.data}: no prompt of step {step + 1} fits the context")
         by_name = means({f"reward_{name}": (sum(part[name] for part in parts), len(parts))
@@ -96,7 +96,7 @@ def evaluate(policy, training, test, settings):
         responses = answer(policy, mine, LISTEN[settings.listen])
         for q, r in zip(mine, responses):
             if not r.logprobs:
-                tqdm.write(f"{settings.test}: {q.row.get('id', q.path)}: {r.ended}, so it is wrong")
+                tqdm.write(f"{settings.test}: {q.row.get('id') or q.path}: {r.ended}: wrong")
         metrics = measure(mine, responses, {q.category for q in test})
         training.log({f"eval_{name}": value for name, value in metrics.items()},
                      show=("eval_accuracy", "eval_hits", "eval_segments", "eval_truncated"))
@@ -118,8 +118,11 @@ def run():
                         f"processes, {multiple}")
     with lock(settings.out) if processes()[0] == 0 else contextlib.nullcontext():
         rows = read_questions(settings.data, settings.audio_root)
-        wanted = stamp(settings, {"model": [model_folder(settings.model)],
-                                  "data": [settings.data, *sorted({q.path for q in rows})]})
+        inputs = {"model": [model_folder(settings.model)],
+                  "data": [settings.data, *sorted({q.path for q in rows})]}
+        if settings.test != "none":
+            inputs["test"] = [settings.test]
+        wanted = stamp(settings, inputs) | {"reward": ""}
         if not inspect.isfunction(REWARD):
             raise EchoError("REWARD: needed is a plain function, by whose text a run that was "
                             "killed knows its reward again")

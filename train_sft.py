@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,8 +79,8 @@ def train_sft(model, training, rows, settings):
             prompt = model.prompt(first_listen, rows[i].question, rows[i].choices)
             samples.append(model.add_response(prompt, rows[i].row["cot"]))
             if len(prompt.ids) > model.decoder.config.max_position_embeddings:
-                raise EchoError(f"{settings.data}: the row about {rows[i].path} is longer than the "
-                                "decoder's context; leave it out")
+                raise EchoError(f"{settings.data}: {rows[i].row.get('id') or rows[i].path}: longer "
+                                "than the decoder's context; leave it out")
         update(model, training, samples, settings.sft_lr, settings.sft_steps)
 
 
@@ -126,10 +127,10 @@ def stamp(settings, inputs, later=()):
     kept = {name: value for name, value in asdict(settings).items()
             if name not in NO_EFFECT and not name.startswith(tuple(later))}
     models = {name: [kept[name]] for name in ("decoder", "encoder")
-              if name in kept and Path(kept[name]).is_dir()}
+              if kept.get(name, "tiny") not in ("tiny", "small") and Path(kept[name]).is_dir()}
     out = Path(settings.out).resolve()
     for path in sum((models | inputs).values(), []):
-        if Path(path).is_dir() and Path(path).resolve() in (out, *out.parents):
+        if Path(path).resolve() in (out, *out.parents, out / "log.jsonl", out / "settings.json"):
             raise EchoError(f"--out {settings.out} lies in its own input, {path}; give another")
     return kept | {name: fingerprint(*paths) for name, paths in (models | inputs).items()}
 
@@ -137,11 +138,17 @@ def stamp(settings, inputs, later=()):
 def is_finished(folder, wanted):
     """Does the folder hold the trained model? Another training's folder is refused. wanted: the
     stamp() of this one."""
-    folder = Path(folder)
-    began = {}
+    folder, began = Path(folder), None
+    if not has_model(folder) and (folder / "model").exists() and not (
+            (folder / "model").is_dir() and not os.listdir(folder / "model")):
+        raise EchoError(f"{folder / 'model'}: not a trained model (no echo.json); move it away, or "
+                        "give another --out")
     if has_model(folder) or (folder / "training.pt").exists():
-        with contextlib.suppress(OSError, ValueError):  # lost or broken: nothing is known of it
-            began = json.loads((folder / "settings.json").read_text()) or {}
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            began = dict(json.loads((folder / "settings.json").read_text()))
+        if began is None:
+            raise EchoError(f"{folder / 'settings.json'}: lost or broken, so it is not known what "
+                            f"{folder} was trained from; delete that folder, or give another --out")
         other = [name for name in wanted if began.get(name) != wanted[name]]
         if other:
             raise EchoError(f"{folder} was begun with another {', '.join(other)}; give the same, "
@@ -198,13 +205,13 @@ class Training:
         groups = {k: {"params": [p], "rate": rates.get(k.split(".")[0], 1.0)}
                   for k, p in self.trained.items()}
         self.optimizer = Optimizers(groups, muon)
-        self.file, log_bytes = self.folder / "training.pt", 0
+        self.file, self.lines = self.folder / "training.pt", []  # the lines of log.jsonl
         if self.file.is_file():
             try:
                 saved = torch.load(self.file, map_location="cpu", weights_only=True)
                 module.load_state_dict(saved["trained"], strict=False)
                 self.optimizer.load_state_dict(saved["optimizer"])
-                self.step, log_bytes = saved["step"], saved["log_bytes"]
+                self.step, self.lines = saved["step"], saved["lines"]
             except Exception as error:  # torch has many for a broken file
                 if ran_out(error):
                     raise
@@ -214,8 +221,10 @@ class Training:
             raise EchoError(f"{self.file}: not the same on all machines; share the folder")
         if self.rank == 0:
             write_atomically(self.folder / "settings.json", json.dumps(wanted, indent=2))
-            with open(self.folder / "log.jsonl", "ab") as log:  # what came after the save happens
-                log.truncate(min(log_bytes, log.tell()))        # again; it may have been deleted
+            self.write_log()  # without what came after the save: it happens again
+
+    def write_log(self):
+        write_atomically(self.folder / "log.jsonl", "".join(self.lines))
 
     def steps(self, n, desc):
         """The steps still to do (the loop's body counts self.step), every few of them a save."""
@@ -229,7 +238,7 @@ class Training:
         if self.rank == 0:
             saved = {"trained": {k: p.detach() for k, p in self.trained.items()},
                      "optimizer": self.optimizer.state_dict(), "step": self.step,
-                     "log_bytes": (self.folder / "log.jsonl").stat().st_size}
+                     "lines": self.lines}
             content = io.BytesIO()
             torch.save(saved, content)
             write_atomically(self.file, content.getbuffer())
@@ -238,6 +247,7 @@ class Training:
         """Save the trained model; the save on the way is no longer needed."""
         if self.rank == 0:
             save(model, self.folder / "model")
+            self.write_log()  # whole, whatever happened to the file
             self.file.unlink(missing_ok=True)
         if self.world > 1:
             torch.distributed.barrier()
@@ -260,8 +270,9 @@ class Training:
         if self.step % every == 0:
             tqdm.write(f"step {self.step}  " + "  ".join(
                 f"{k} {entry[k]:.3g}" for k in show if k in entry))
-        with open(self.folder / "log.jsonl", "a") as log:
-            log.write(json.dumps(entry) + "\n")
+        self.lines.append(json.dumps(entry) + "\n")
+        with contextlib.suppress(OSError), open(self.folder / "log.jsonl", "a") as log:
+            log.write(self.lines[-1])  # finish() writes all of it
 
 
 def features_of(model, keep=4096):
@@ -359,12 +370,14 @@ def read_clips(settings):
             events = sorted(row["A4_events"], key=lambda e: e["start_s"])
             good = {q["category"] for q in questions_about(events)} == set(QUESTIONS)
             good &= all(e["kind"].strip() and 0 <= e["start_s"] < e["end_s"] - 0.11 for e in events)
+            good &= all(a["end_s"] < b["start_s"] + 0.02 for a, b in zip(events, events[1:]))
             good &= "\0" not in row["audio_path"]
         except (TypeError, KeyError, AttributeError, ValueError, OverflowError):
             good = False
         if not good:
-            raise EchoError(f"{settings.clips}, row {number}: needs 'A4_events' with kind, start_s,"
-                            " end_s (over 0.1 s later), 2 to 6 pulses, for each kind of question")
+            raise EchoError(f"{settings.clips}, row {number}: needs 'A4_events' one after another, "
+                            "with kind, start_s, end_s (over 0.1 s later), 2 to 6 pulses, for each "
+                            "kind of question")
         described.append((root / row["audio_path"], events))
     kinds = sorted({e["kind"] for _, events in described for e in events})
     if len(kinds) < 5:
@@ -627,8 +640,9 @@ def run():
     if processes()[1] > min(8, settings.base_batch, settings.sft_batch):
         raise EchoError("more processes than rows of a batch (the encoder's: 8); start fewer")
     read_questions(settings.data, settings.audio_root, ("answer", "cot"))  # a mistake shows at once
-    with lock(settings.out) if processes()[0] == 0 else contextlib.nullcontext():
-        for stage in ("sft",) if settings.model else ("encoder", "base", "sft"):
+    for stage in ("sft",) if settings.model else ("encoder", "base", "sft"):
+        folder = Path(settings.out) / stage
+        with lock(folder) if processes()[0] == 0 else contextlib.nullcontext():
             run_stage(stage, settings, device)
 
 
