@@ -197,6 +197,21 @@ def asked(settings):
     return [max(read_questions(data), key=lambda q: len(q.listen_to))]  # most looks
 
 
+def remark(settings, questions):
+    """Say what the files that were written do not hold."""
+    n = len(questions)
+    replaced = sum(bool({"answer_prediction", "model_output", "echo"} & q.row.keys())
+                   for q in questions)
+    unscored = sum(q.answer is None for q in questions)
+    if settings.html and n > SHOWN:
+        print(f"{settings.html} shows the first {SHOWN} of {n}", file=sys.stderr)
+    if settings.output and replaced:
+        print(f"{replaced} of {n} had an answer or a trace already: replaced in {settings.output}",
+              file=sys.stderr)
+    if settings.benchmark and unscored:
+        print(f"{unscored} of {n} have no answer among their choices: not scored", file=sys.stderr)
+
+
 def use(model, settings):
     """Answer a question or a file of them; the exit code is 1 if one could not be answered. Files
     are written before anything is printed, since printing may fail; what a killed benchmark has
@@ -222,12 +237,7 @@ def use(model, settings):
     if settings.html:  # the first ones, since each carries its audio
         write_page(settings.html, "Echo listens again", "".join(
             trace_html(q, r) for q, r in zip(questions[:SHOWN], responses) if r.logprobs))
-        if len(questions) > SHOWN:
-            print(f"{settings.html} shows the first {SHOWN} of {len(questions)}", file=sys.stderr)
-    unscored = sum(q.answer is None for q in questions)
-    if unscored and settings.benchmark:
-        print(f"{unscored} of {len(questions)} have no answer among their choices: not scored",
-              file=sys.stderr)
+    remark(settings, questions)
     if settings.benchmark:
         metrics = measure(questions, responses, {q.category for q in questions})
         print("\n".join(f"{name:<24}{value:8.4g}" for name, value in metrics.items()))

@@ -912,12 +912,13 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path, monkeypatch):
             for i, row in enumerate(rows)]
     mmar[0]["choices"], mmar[0]["answer"] = [0, 1.5, True], True
     mmar[2]["audio_path"], mmar[3]["question"] = "./audio/g\0ne.wav", "q " * 60_000
-    mmar[4]["choices"] = None
+    mmar[4]["choices"], mmar[3]["model_output"] = None, "another model's"
     with mock.patch.object(generate, "print", side_effect=BrokenPipeError, create=True):
         assert "error" in mistake(*job(mmar, "--batch", 2))  # all is written before it is said
     done = json.loads(out.read_text())
     code, _, err = run(*job(mmar, "--batch", 2))
     assert code == 1 and "3 of 5 can't" in err and "null byte" in err and "prompt too long" in err
+    assert "1 of 5 had an answer or a trace already" in err
     assert "row 5: needed: 'audio_path'" in err and done == json.loads(out.read_text())
     with mock.patch.object(generate, "measure", side_effect=KeyboardInterrupt):
         assert run(*job(mmar))[0] == 130  # after its output: nothing is left over
@@ -936,6 +937,7 @@ def test_benchmark_rows_come_back_whole(data, trained, tmp_path, monkeypatch):
     part = read_rows(tmp_path / "lines.jsonl.part")
     assert [row["id"] for row in part] == ["0", "1", "2"] and not out.with_suffix(".jsonl").exists()
     for source, row, before in zip(mmar, done, whole, strict=True):
+        source.pop("model_output", None)
         assert source.items() <= row.items()
         answer = echo.extract_answer(row["echo"]["response"]) or ""
         assert row["answer_prediction"] == row["model_output"] == answer
@@ -1135,8 +1137,10 @@ def test_a_run_goes_on_only_from_its_own_inputs(data, trained, tmp_path, monkeyp
     with mock.patch("inspect.getsource", side_effect=OSError):  # a reward without a source
         assert "begun with another reward" in mistake(*job)
     assert "begun with another test" in mistake(*job, "--test", rows)
-    monkeypatch.setattr(train_rl, "REWARD", functools.partial(echo.paper_reward))
-    assert "a plain function" in mistake(*job)
+    for unknown in (functools.partial(echo.paper_reward), lambda r, q: {"x": number}):
+        number = 1.0  # a closure: its text does not hold the number
+        monkeypatch.setattr(train_rl, "REWARD", unknown)
+        assert "a plain function" in mistake(*job)
     monkeypatch.setattr(train_rl, "REWARD", echo.paper_reward)
     (tmp_path / "sft/model/.DS_Store").write_bytes(b"Mac OS X")
     (tmp_path / "sft/model/.cache").mkdir()

@@ -123,7 +123,7 @@ def run():
         if settings.test != "none":
             inputs["test"] = [settings.test]
         wanted = stamp(settings, inputs) | {"reward": ""}
-        if not inspect.isfunction(REWARD):
+        if not inspect.isfunction(REWARD) or REWARD.__closure__:
             raise EchoError("REWARD: needed is a plain function, by whose text a run that was "
                             "killed knows its reward again")
         with contextlib.suppress(OSError):  # it may have no source
