@@ -453,6 +453,15 @@ def test_a_reward_of_ones_own(model, write, returned, says):
         assert all(list(part) == sorted(part) for part in parts)  # each process logs them in order
 
 
+def test_processes_have_the_same_rewards(monkeypatch):
+    def gather(names, mine):
+        names[:] = [mine, ["reward_b"]]
+    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert "other names of rewards" in error_of(echo.means, {"reward_a": (1.0, 1)})
+
+
 def sgd(model, lr=0.0):
     return torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr)
 
@@ -1181,6 +1190,8 @@ def test_own_rows_and_limits(data, trained, tmp_path):
     which no prompt fits."""
     job = ["train_sft --sft-steps 1", "--model", trained / "base", "--data", data / "sft.jsonl",
            "--audio-root", data, "--clips", "none", "--out", tmp_path]
+    with make_data.lock(tmp_path / "sft"):  # RL may write there
+        assert "another run is writing there" in mistake(*job)
     assert "chains give another answer" not in good(*job)
     assert "already trained" in good(*job)
     chains = [f"<think>a {tag}</think><answer>{{}}</answer>"
