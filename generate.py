@@ -160,21 +160,28 @@ def print_clip(q, rollout):
           f"{said or f'(none, ended: {rollout.ended})'}{truth}")
 
 
+def check_outputs(settings, inputs):
+    """Refuse outputs, or files on the way to them, that would destroy something."""
+    written = [Path(file + end).resolve() for file in (settings.output, settings.html) if file
+               for end in ("", ".tmp", ".part", ".part.tmp")]
+    files = [*(Path(file).resolve() for file in inputs if "\0" not in str(file)), *written]
+    taken = model_folder(settings.model).resolve()
+    for file in written:
+        no_file = file.exists() and not file.is_file()
+        no_file = no_file or any(p.is_file() for p in file.parents)
+        if files.count(file) > 1 or taken in file.parents or no_file:
+            raise EchoError("--output and --html: needed are different files, and not the input, a "
+                            "clip of the benchmark or the model's")
+    part = Path(settings.output + ".part")
+    if settings.output and part.exists():
+        raise EchoError(f"{part}: what a run that was killed has answered; move or delete it")
+
+
 def asked(settings):
     """The Questions that the flags ask for."""
     clip, question, choices = settings.clip, settings.question, settings.choices
     data = settings.benchmark or clip or "data/test.jsonl"
-    written = [Path(file + end).resolve() for file in (settings.output, settings.html) if file
-               for end in ("", ".tmp", ".part", ".part.tmp")]
-    files, model = [Path(data).resolve(), *written], model_folder(settings.model).resolve()
-    if len(set(files)) < len(files) or any(
-            model in f.parents or f.exists() and not f.is_file()
-            or any(parent.is_file() for parent in f.parents) for f in written):
-        raise EchoError("--output and --html: needed are different files, and not the input or the "
-                        "model's")
-    part = Path(settings.output + ".part")
-    if settings.output and part.exists():
-        raise EchoError(f"{part}: what a run that was killed has answered; move or delete it")
+    check_outputs(settings, [data])
     if settings.benchmark and (clip or question or choices):
         raise EchoError("--benchmark has its own clips and questions; leave out --clip and others")
     if settings.audio_root and not settings.benchmark:
@@ -185,9 +192,7 @@ def asked(settings):
         raise EchoError("--question, --choices: not UTF-8") from None
     if settings.benchmark:
         questions = read_questions(settings.benchmark, settings.audio_root, needs=())
-        clips = (q.path for q in questions if "\0" not in str(q.path))
-        if any(clip.resolve() in written for clip in clips):
-            raise EchoError("--output or --html: a clip of the benchmark; give another path")
+        check_outputs(settings, {q.path for q in questions})
         return questions
     if clip and question:
         row = {"audio_path": clip, "question": question, "multi_choice": choices}

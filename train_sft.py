@@ -139,10 +139,11 @@ def is_finished(folder, wanted):
     """Does the folder hold the trained model? Another training's folder is refused. wanted: the
     stamp() of this one."""
     folder, began = Path(folder), None
-    if not has_model(folder) and (folder / "model").exists() and not (
-            (folder / "model").is_dir() and not os.listdir(folder / "model")):
-        raise EchoError(f"{folder / 'model'}: not a trained model (no echo.json); move it away, or "
-                        "give another --out")
+    model = folder / "model"
+    empty = model.is_dir() and not os.listdir(model)
+    if model.exists() and not empty and not has_model(folder):  # save() would delete it
+        raise EchoError(f"{model}: not a trained model (no echo.json); move it away, or give "
+                        "another --out")
     if has_model(folder) or (folder / "training.pt").exists():
         with contextlib.suppress(OSError, ValueError, TypeError):
             began = dict(json.loads((folder / "settings.json").read_text()))
