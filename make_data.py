@@ -578,13 +578,16 @@ def read_questions(path, audio_root="", needs=("answer",)):
         where = f"{path}, row {number}"
         audio = row.get("audio_path") or row.get("audio_id")
         choices = row.get("multi_choice") or row.get("choices")
-        choices, problem = [*map(as_text, choices)] if isinstance(choices, list) else [None], None
-        if not isinstance(audio, str) or not all(isinstance(c, str) for c in choices):
+        listed = isinstance(choices, list) and all(isinstance(as_text(c), str) for c in choices)
+        problem = None
+        if not isinstance(audio, str) or not listed:
             problem = (f"{where}: needed: 'audio_path' (or 'audio_id'), a text, and 'multi_choice' "
-                       f"(or 'choices'), a list of texts or numbers, not {choices}")
-            audio, choices = "", []
-        if needs and problem:
-            raise EchoError(problem)
+                       f"(or 'choices'), a list of texts or numbers, not {str(choices)[:80]}")
+            if needs:
+                raise EchoError(problem)
+            audio = ""
+            choices = []
+        choices = [as_text(choice) for choice in choices]
         said = as_text(row.get("answer"))
         answer = find_choice(said, choices) if isinstance(said, str) else None
         if needs and not answer:
