@@ -23,7 +23,7 @@ from tqdm import tqdm
 from echo import (AUDIO, SAMPLE_RATE, EchoError, Rollout, Sample, batches, cut, extract_answer,
                   is_right, load, main, means, model_folder, parse_settings, pick_device,
                   processes, rollouts, split_segments)
-from make_data import (Question, load_audio, read_questions, segment_of, wav_bytes,
+from make_data import (Question, load_audio, name_of, read_questions, segment_of, wav_bytes,
                        write_atomically)
 
 
@@ -232,7 +232,7 @@ def use(model, settings):
 
     responses = answer(model, questions, LISTEN[settings.listen], settings.batch,
                        settings.temperature, settings.seed, done)
-    broken = [f"{q.row.get('id') or q.path}: {r.ended}" for q, r in zip(questions, responses)
+    broken = [f"{name_of(q)}: {r.ended}" for q, r in zip(questions, responses)
               if not r.logprobs]
     if broken and not settings.benchmark:
         raise EchoError(broken[0])

@@ -406,7 +406,11 @@ def make(settings):
 
 @contextlib.contextmanager
 def lock(folder):
-    """Hold a folder as its only writer. SQLite's lock ends with the process, even a killed one."""
+    """Hold a folder as its only writer; of several processes that train together the first does.
+    SQLite's lock ends with the process, even a killed one."""
+    if processes()[0] > 0:
+        yield
+        return
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         held = sqlite3.connect(Path(folder) / ".lock", timeout=0, isolation_level=None)
@@ -553,6 +557,11 @@ Question = namedtuple("Question", "row path question choices answer category lis
                       defaults=[None])
 
 
+def name_of(q):
+    """How messages call a row."""
+    return q.row.get("id") or q.path
+
+
 def as_text(value):
     """A choice or an answer as text: JSON's numbers and booleans as JSON writes them."""
     return json.dumps(value) if isinstance(value, (bool, int, float)) else value
@@ -604,7 +613,8 @@ def read_questions(path, audio_root="", needs=("answer",)):
 
 def check_rows(questions):
     """Before a training: read every clip once, since a broken one would end it in the middle; and
-    count the chains that give another answer than their row, or point to what can't be heard."""
+    count the chains that give another answer than their row, or point to nothing that can be heard.
+    """
     seconds, odd = {}, []
     for path in tqdm(sorted({q.path for q in questions}), "checking clips", leave=False,
                      disable=processes()[0] > 0):
@@ -617,7 +627,7 @@ def check_rows(questions):
             odd.append(q)
     if odd and processes()[0] == 0:
         print(f"{len(odd)} of {len(questions)} chains give another answer than their row, or point "
-              f"to nothing that can be heard; the first: {odd[0].row.get('id') or odd[0].path}")
+              f"to nothing that can be heard; the first: {name_of(odd[0])}")
 
 
 if __name__ == "__main__":

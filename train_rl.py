@@ -21,7 +21,7 @@ from tqdm import tqdm
 from echo import (GRPO, EchoError, grpo_step, load, main, means, model_folder, paper_reward,
                   parse_settings, pick_device, processes, sum_over_processes)
 from generate import LISTEN, answer, measure, report_page, set_limits
-from make_data import check_rows, load_audio, lock, read_questions
+from make_data import check_rows, load_audio, lock, name_of, read_questions
 from train_sft import Training, is_finished, linear_schedule, stamp
 
 REWARD = paper_reward  # or a function of your own: (rollout, question) -> {name: number}
@@ -76,7 +76,7 @@ def train(policy, rows, settings, wanted):
 
         for q, r in zip(questions, responses[::settings.group]):
             if not r.logprobs:
-                tqdm.write(f"{settings.data}: {q.row.get('id') or q.path}: {r.ended}, not used")
+                tqdm.write(f"{settings.data}: {name_of(q)}: {r.ended}, not used")
         if not sum_over_processes(sum(len(r.logprobs) for r in responses)):
             raise EchoError(f"{settings.data}: no prompt of step {step + 1} fits the context")
         by_name = means({f"reward_{name}": (sum(part[name] for part in parts), len(parts))
@@ -96,7 +96,7 @@ def evaluate(policy, training, test, settings):
         responses = answer(policy, mine, LISTEN[settings.listen])
         for q, r in zip(mine, responses):
             if not r.logprobs:
-                tqdm.write(f"{settings.test}: {q.row.get('id') or q.path}: {r.ended}: wrong")
+                tqdm.write(f"{settings.test}: {name_of(q)}: {r.ended}: wrong")
         metrics = measure(mine, responses, {q.category for q in test})
         training.log({f"eval_{name}": value for name, value in metrics.items()},
                      show=("eval_accuracy", "eval_hits", "eval_segments", "eval_truncated"))
@@ -116,13 +116,13 @@ def run():
     if settings.questions % multiple:
         raise EchoError(f"--questions {settings.questions}: must be a multiple of --mini-batches x "
                         f"processes, {multiple}")
-    with lock(settings.out) if processes()[0] == 0 else contextlib.nullcontext():
+    with lock(settings.out):
         rows = read_questions(settings.data, settings.audio_root)
         inputs = {"model": [model_folder(settings.model)],
                   "data": [settings.data, *sorted({q.path for q in rows})]}
         if settings.test != "none":
             inputs["test"] = [settings.test]
-        wanted = stamp(settings, inputs) | {"reward": ""}
+        wanted = stamp(settings, inputs)
         if not inspect.isfunction(REWARD) or REWARD.__closure__:
             raise EchoError("REWARD: needed is a plain function, by whose text a run that was "
                             "killed knows its reward again")

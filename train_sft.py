@@ -35,8 +35,8 @@ from echo import (SAMPLE_RATE, THUMBNAIL_RATE, TOKENS_PER_SECOND, Config, Echo, 
                   optimizer_step, parse_settings, pick_device, processes, ran_out, read_decoder,
                   save, sft_loss, split_segments, sum_over_processes)
 from make_data import (NUMBERS, QUESTIONS, check_rows, exact, from_edge, load_audio, lock,
-                       look_for, pick, point_to, questions_about, read_questions, read_rows,
-                       segment_of, write_atomically, write_row)
+                       look_for, name_of, pick, point_to, questions_about, read_questions,
+                       read_rows, segment_of, write_atomically, write_row)
 
 
 @dataclass
@@ -79,7 +79,7 @@ def train_sft(model, training, rows, settings):
             prompt = model.prompt(first_listen, rows[i].question, rows[i].choices)
             samples.append(model.add_response(prompt, rows[i].row["cot"]))
             if len(prompt.ids) > model.decoder.config.max_position_embeddings:
-                raise EchoError(f"{settings.data}: {rows[i].row.get('id') or rows[i].path}: longer "
+                raise EchoError(f"{settings.data}: {name_of(rows[i])}: longer "
                                 "than the decoder's context; leave it out")
         update(model, training, samples, settings.sft_lr, settings.sft_steps)
 
@@ -138,19 +138,20 @@ def stamp(settings, inputs, later=()):
 def is_finished(folder, wanted):
     """Does the folder hold the trained model? Another training's folder is refused. wanted: the
     stamp() of this one."""
-    folder, began = Path(folder), None
+    folder = Path(folder)
     model = folder / "model"
     empty = model.is_dir() and not os.listdir(model)
     if model.exists() and not empty and not has_model(folder):  # save() would delete it
         raise EchoError(f"{model}: not a trained model (no echo.json); move it away, or give "
                         "another --out")
     if has_model(folder) or (folder / "training.pt").exists():
+        began = None
         with contextlib.suppress(OSError, ValueError, TypeError):
             began = dict(json.loads((folder / "settings.json").read_text()))
         if began is None:
             raise EchoError(f"{folder / 'settings.json'}: lost or broken, so it is not known what "
                             f"{folder} was trained from; delete that folder, or give another --out")
-        other = [name for name in wanted if began.get(name) != wanted[name]]
+        other = [name for name in began | wanted if began.get(name) != wanted.get(name)]
         if other:
             raise EchoError(f"{folder} was begun with another {', '.join(other)}; give the same, "
                             "or another --out, or delete that folder")
@@ -206,7 +207,8 @@ class Training:
         groups = {k: {"params": [p], "rate": rates.get(k.split(".")[0], 1.0)}
                   for k, p in self.trained.items()}
         self.optimizer = Optimizers(groups, muon)
-        self.file, self.lines = self.folder / "training.pt", []  # the lines of log.jsonl
+        self.file = self.folder / "training.pt"
+        self.lines = []  # of log.jsonl
         if self.file.is_file():
             try:
                 saved = torch.load(self.file, map_location="cpu", weights_only=True)
@@ -642,8 +644,7 @@ def run():
         raise EchoError("more processes than rows of a batch (the encoder's: 8); start fewer")
     read_questions(settings.data, settings.audio_root, ("answer", "cot"))  # a mistake shows at once
     for stage in ("sft",) if settings.model else ("encoder", "base", "sft"):
-        folder = Path(settings.out) / stage
-        with lock(folder) if processes()[0] == 0 else contextlib.nullcontext():
+        with lock(Path(settings.out) / stage):
             run_stage(stage, settings, device)
 
 
